@@ -1,0 +1,539 @@
+"""Supervised fine-tuning: the training loop of every chapter, explained once.
+
+A policy pi(y|x) learns to write the worked solutions it is shown: with response tokens y_1..y_n after the prompt x,
+
+    loss = - sum_{rows, t} log pi(y_t | x, y_<t) / (response tokens of the whole global batch)
+
+What this file is really about is the loop around that line, which later chapters import piece by piece:
+  - one process per device, started by torchrun (nccl on GPUs, gloo on CPUs); `python sft_minimal.py` is the one-process case;
+  - every loss is divided ONCE by the count over the whole global batch, so `--micro_batch_size` and the number of processes
+    change memory and speed, never the result;
+  - plain DDP; bf16 weights and gradients, with fp32 master weights and AdamW moments sharded over the processes;
+  - a step whose gradient is not finite is skipped on all processes alike, and counted;
+  - checkpoints are written to a temporary folder and renamed; a resumed run continues bitwise, its batches being a pure function
+    of (seed, step). Clock times are shown on screen and kept out of metrics.jsonl, so two equal runs write equal files.
+
+With no options it trains the built-in policy (134k parameters) that the other chapters start from. Left out: packing, LoRA, FSDP.
+
+    python sft_minimal.py                                                        # the built-in policy
+    python sft_minimal.py --data builtin-hard                                    # the one for long chains
+    torchrun --nproc_per_node=8 sft_minimal.py --model Qwen/Qwen2.5-Math-7B --data solutions.jsonl \\
+        --lr 1e-5 --batch_size 128 --micro_batch_size 2 --grad_checkpoint        # rows: {"prompt", "completions", "answer"}
+
+Files in --out: config.json, metrics.jsonl, summary.json, model/ (a Hugging Face folder), state/ (for --resume).
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with ours
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one progress bar, ours
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import data
+from data import BadInput
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config: one line per option. The same words mean the same thing in every script.
+
+def opt(default, help, low=None, high=None, choices=None):
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    model: str = opt("", "Hugging Face name or folder to start from; empty: the built-in one")
+    data: tuple = opt(("builtin",), "builtin, builtin-hard, or trajectory files")
+    out: str = opt("", "folder of the run; empty: runs/NAME")
+    steps: int = opt(0, "optimizer steps; 0: one pass over the data", low=0)
+    batch_size: int = opt(64, "rows in a global batch, over all processes", low=1)
+    micro_batch_size: int = opt(0, "rows in one forward of one process; 0: all its rows (memory only, same result)", low=0)
+    max_length: int = opt(2048, "longest prompt + response in tokens; longer rows are dropped and counted", low=2)
+    lr: float = opt(1e-3, "peak learning rate", low=0)
+    warmup: float = opt(0.03, "share of the steps in which the learning rate rises", low=0, high=1)
+    weight_decay: float = opt(1e-3, "AdamW weight decay (not on biases and norms)", low=0)
+    grad_clip: float = opt(1.0, "largest gradient norm; 0: no clipping", low=0)
+    dtype: str = opt("auto", "of weights and gradients; auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
+    grad_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
+    seed: int = opt(0, "of the data and its order", low=0)
+    save_every: int = opt(200, "steps between checkpoints; 0: none before the end", low=0)
+    eval_every: int = opt(200, "steps between evaluations; 0: only at the end", low=0)
+    resume: bool = opt(False, "continue from the last checkpoint in --out; start from scratch if there is none")
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    lr: float = opt(4e-3, "peak learning rate (for a 7B model: 1e-5)", low=0)
+    max_new_tokens: int = opt(256, "longest response sampled in the evaluation", low=1)
+    eval_problems: int = opt(500, "held-out questions in the evaluation", low=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: who am I among how many, on which device.
+
+@dataclass(frozen=True)
+class Env:
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def print(self, *args):
+        if self.rank == 0:
+            tqdm.write(" ".join(map(str, args)))
+
+
+def setup():
+    """Join the process group that torchrun describes in the environment (none: a single process) -> Env."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30),
+                                device_id=device if device.type == "cuda" else None)
+    return Env(rank, world, device)
+
+
+def all_sum(*numbers, env):
+    """The sums of these numbers over all processes, as floats."""
+    totals = torch.tensor(numbers, dtype=torch.float64, device=env.device)
+    if env.world > 1:
+        dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def barrier(env):
+    if env.world > 1:
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The maths of a step: loss, schedule, gradients, optimizer.
+
+def token_logprobs(logits, input_ids):
+    """log pi(input_ids[:, t+1] | input_ids[:, :t+1]) in fp32; logits (B, T, V), input_ids (B, T) -> (B, T-1)."""
+    return -F.cross_entropy(logits[:, :-1].float().transpose(1, 2), input_ids[:, 1:], reduction="none")
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warmup over the first `warmup` share of the steps, then a cosine down to 0. `step` counts from 0."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def local_rows(batch, env):
+    """This process's rows of a global batch. Dealt in order of length, so that all processes have about equal work."""
+    return sorted(batch, key=lambda example: len(example["input_ids"]))[env.rank::env.world]
+
+
+def accumulate_gradients(model, examples, micro_batch_size, loss_fn, env):
+    """Add the gradients of `loss_fn(micro-batch)` over this process's examples; DDP sums them over the processes, once, at the end.
+
+    `loss_fn` returns a micro-batch's share of the global loss, already divided by the GLOBAL count: sums are all that is left to do.
+    Returns this process's share of the loss, a float.
+    """
+    total, size = 0.0, micro_batch_size or max(1, len(examples))
+    for start in range(0, max(1, len(examples)), size):
+        last = start + size >= len(examples)
+        with contextlib.nullcontext() if last or env.world == 1 else model.no_sync():
+            loss = loss_fn(examples[start:start + size])
+            (loss * env.world).backward()  # DDP divides by the number of processes; we want the sum
+        total += loss.item()
+    return total
+
+
+def optimizer_step(model, optimizer, lr, grad_clip):
+    """Clip, step, clear -> gradient norm before clipping. Where it is not finite nothing is changed, on every process alike, since
+    DDP has already summed the gradients."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+    if math.isfinite(grad_norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    model.zero_grad()
+    return grad_norm
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW on fp32 copies of the weights. A bf16 weight near 1 cannot move by less than 0.004; at a learning rate of 1e-6 it would
+    never move at all. fp32 weights are their own masters."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, options)
+        groups = [{**group, "params": [p if p.dtype == torch.float32 else p.detach().float() for p in group["params"]]}
+                  for group in self.param_groups]
+        self.copies = [(p, m) for group, g in zip(self.param_groups, groups) for p, m in zip(group["params"], g["params"]) if p is not m]
+        self.adamw = torch.optim.AdamW(groups, fused=True)
+
+    @torch.no_grad()
+    def step(self):
+        for group, mine in zip(self.adamw.param_groups, self.param_groups):
+            group["lr"] = mine["lr"]
+        for p, master in self.copies:
+            master.grad = p.grad.float()
+        self.adamw.step()
+        for p, master in self.copies:
+            p.copy_(master)
+            master.grad = None
+
+    def state_dict(self):
+        return {"adamw": self.adamw.state_dict(), "masters": [master for _, master in self.copies]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        self.adamw.load_state_dict(state["adamw"])
+        for (_, master), saved in zip(self.copies, state["masters"]):
+            master.copy_(saved)
+
+
+def make_optimizer(model, cfg, env):
+    """AdamW for `model`, its states and masters sharded over the processes: 12 / world bytes a parameter beside the 4 of bf16
+    weights and gradients."""
+    decay = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    rest = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    options = {"lr": cfg.lr, "betas": (0.9, 0.98), "weight_decay": 0.0}
+    if env.world == 1:
+        return MasterAdamW(groups, **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    return ZeroRedundancyOptimizer(groups, MasterAdamW, parameters_as_bucket_view=True, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models: loading, wrapping, saving.
+
+def torch_dtype(cfg, env):
+    name = {"auto": "bfloat16" if env.device.type == "cuda" else "float32"}.get(cfg.dtype, cfg.dtype)
+    return getattr(torch, name)
+
+
+def prepare(model, cfg, env):
+    """Move the model to its device, check the length it can take, switch checkpointing on, wrap in DDP -> (module, wrapped)."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and cfg.max_length > limit:
+        raise BadInput(f"--max_length {cfg.max_length}: the model takes at most {limit} tokens")
+    model.config.use_cache = False  # no keys and values are kept while training
+    model.to(env.device).train()
+    if cfg.grad_checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if env.world == 1:
+        return model, model
+    return model, DDP(model, device_ids=[env.device] if env.device.type == "cuda" else None,
+                      gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def new_policy(tokenizer, seed):
+    """The built-in policy, untrained: a Qwen2 of hidden size 64. The wide init (0.1, not 0.02) lets so small a model learn early."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=False, initializer_range=0.1,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+
+
+def save_model(folder, model, tokenizer):
+    """Write a Hugging Face folder so that it is there whole or not at all."""
+    shutil.rmtree(folder + ".tmp", ignore_errors=True)
+    model.save_pretrained(folder + ".tmp")
+    tokenizer.save_pretrained(folder + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(folder + ".tmp", folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run's folder: config, metrics, checkpoints.
+
+def open_run(cfg, env):
+    """Make --out ready -> the folder of the last checkpoint to continue from, or None. An earlier run is moved aside, not lost."""
+    config_file = os.path.join(cfg.out, "config.json")
+    if cfg.resume and os.path.exists(config_file):
+        with open(config_file) as f:
+            before = json.load(f)
+        free = {"resume", "save_every", "micro_batch_size", "grad_checkpoint"}  # what does not change the result
+        for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
+            if name not in free and before.get(name, value) != value:
+                raise BadInput(f"--resume: {cfg.out} was started with --{name} {before[name]}, not {value}")
+    barrier(env)
+    if env.rank == 0:
+        if not cfg.resume and os.path.exists(config_file):
+            aside = next(f"{cfg.out}.old{i}" for i in range(1, 10**6) if not os.path.exists(f"{cfg.out}.old{i}"))
+            os.rename(cfg.out, aside)
+            env.print(f"{cfg.out} held a run; it is now in {aside} (--resume would have continued it)")
+        os.makedirs(os.path.join(cfg.out, "state"), exist_ok=True)
+        write_json(config_file, dataclasses.asdict(cfg))
+    barrier(env)
+    found = [name for name in os.listdir(os.path.join(cfg.out, "state")) if name.startswith("step_")]
+    return os.path.join(cfg.out, "state", max(found)) if found else None
+
+
+def write_json(path, value):
+    with open(path + ".tmp", "w") as f:
+        json.dump(value, f, indent=1)
+        f.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+def save_checkpoint(cfg, env, step, model, tokenizer, optimizer):
+    """All of a run's state after `step` steps, as state/step_N. It appears by one rename when every process has written its part,
+    so a run killed at any moment finds either this checkpoint or the one before."""
+    folder = os.path.join(cfg.out, "state", f"step_{step:08d}")
+    if os.path.exists(folder):
+        return
+    if env.rank == 0:
+        shutil.rmtree(folder + ".tmp", ignore_errors=True)
+        shutil.rmtree(os.path.join(cfg.out, "state", "tmp"), ignore_errors=True)
+        os.makedirs(os.path.join(cfg.out, "state", "tmp"))
+    barrier(env)
+    tmp = os.path.join(cfg.out, "state", "tmp")
+    local = optimizer.optim if env.world > 1 else optimizer  # sharded: each process writes its own part
+    torch.save({"step": step, "world": env.world, "optimizer": local.state_dict(), "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state() if env.device.type == "cuda" else None}, os.path.join(tmp, f"rank{env.rank}.pt"))
+    if env.rank == 0:
+        model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+    barrier(env)
+    if env.rank == 0:
+        os.rename(tmp, folder)
+        for name in os.listdir(os.path.join(cfg.out, "state")):
+            if name != os.path.basename(folder):
+                shutil.rmtree(os.path.join(cfg.out, "state", name))
+
+
+def load_checkpoint(folder, env, optimizer):
+    """Optimizer and random state from a checkpoint (the weights are loaded as from any model folder) -> steps done."""
+    path = os.path.join(folder, f"rank{env.rank}.pt")
+    written_by = sum(name.endswith(".pt") for name in os.listdir(folder))
+    if written_by != env.world:
+        raise BadInput(f"--resume: {folder} was written by {written_by} processes and this run has {env.world}; start as many")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    (optimizer.optim if env.world > 1 else optimizer).load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return state["step"]
+
+
+class Log:
+    """metrics.jsonl and the progress bar, on process 0. A resumed run first drops the rows its checkpoint does not know."""
+
+    def __init__(self, cfg, env, start, steps):
+        self.path, self.on = os.path.join(cfg.out, "metrics.jsonl"), env.rank == 0
+        if not self.on:
+            return
+        kept = []
+        if start:
+            with open(self.path) as f:
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
+        with open(self.path + ".tmp", "w") as f:
+            f.writelines(kept)
+        os.replace(self.path + ".tmp", self.path)
+        self.file = open(self.path, "a")
+        self.bar = tqdm(total=steps, initial=start, desc=os.path.basename(cfg.out), dynamic_ncols=True, mininterval=0.5)
+
+    def row(self, step, **numbers):
+        if self.on:
+            self.file.write(json.dumps({"step": step, **numbers}) + "\n")
+            self.file.flush()
+
+    def advance(self, **numbers):
+        if self.on:
+            self.bar.set_postfix({name: f"{number:.4g}" for name, number in numbers.items()}, refresh=False)
+            self.bar.update()
+
+    def close(self):
+        if self.on:
+            self.file.close()
+            self.bar.close()
+
+
+def catch_signals():
+    """SIGTERM and Ctrl-C -> a list that is no longer empty: the loop finishes its step, saves and ends."""
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: caught.append(1))
+    return caught
+
+
+def parse(Config, argv=None):
+    """A Config from the command line; an option out of range is a BadInput that says what would be accepted."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise BadInput(message)
+    parser = Parser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in dataclasses.fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type in (bool, "bool") else {"type": type(f.default)}
+        if isinstance(f.default, tuple):
+            numbers = f.default and not isinstance(f.default[0], str)
+            kind = {"type": float, "nargs": len(f.default)} if numbers else {"type": str, "nargs": "+"}
+        if f.metadata["choices"]:
+            kind["choices"] = f.metadata["choices"]
+        parser.add_argument("--" + f.name, default=f.default, help=f.metadata["help"], **kind)
+    values = vars(parser.parse_args(argv))
+    for f in dataclasses.fields(Config):
+        value, low, high = values[f.name], f.metadata["low"], f.metadata["high"]
+        if isinstance(value, list):
+            values[f.name] = tuple(value)
+        elif (low is not None and not value >= low) or (high is not None and not value <= high) or value in (math.inf, -math.inf):
+            raise BadInput(f"--{f.name} {value}: wanted a number " + (f"from {low} to {high}" if high is not None else f"of at least {low}"))
+    return Config(**values)
+
+
+def launch(main, Config):
+    """Parse the options, join the processes, run `main(cfg, env)`. What the user can mend is one line and exit status 1."""
+    try:
+        cfg = parse(Config)
+        main(cfg, setup())
+    except BadInput as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# This chapter's own part: solutions to learn from, and how good the policy is.
+
+def load_data(cfg, tokenizer):
+    """-> training examples, held-out rows."""
+    level = cfg.data[0]
+    if level in data.LEVELS:
+        n = {"builtin": 600, "builtin-hard": 2000}[level] * 64  # so that one pass is as long as the policy needs
+        rows = data.make_trajectories(data.make_problems(n // 4, "train", cfg.seed, level), 4, seed=cfg.seed)
+        held_out = data.make_trajectories(data.make_problems(cfg.eval_problems, "test", 0, level), seed=1)
+    else:
+        rows, held_out = data.hold_out(list(data.read_trajectories(cfg.data)))
+        rows = [row for row in rows if row["correct"] is not False]  # a wrong solution is nothing to imitate
+    examples, dropped = data.encode_rows(rows, tokenizer, cfg.max_length, eos=True)
+    return examples, held_out[:cfg.eval_problems], dropped
+
+
+def policy_loss(model, batch, tokens):
+    """Negative log-likelihood of the response tokens, divided by `tokens`, their number in the whole global batch."""
+    logprobs = token_logprobs(model(input_ids=batch["input_ids"]).logits, batch["input_ids"])
+    return -(logprobs * batch["response_mask"]).sum() / tokens
+
+
+@torch.no_grad()
+def pass_at_1(model, tokenizer, rows, cfg, env, rows_at_once=256):
+    """Share of questions answered right by one sampled response (temperature 1). The questions are split over the processes.
+
+    Plain `generate` of the library; how sampling works is the subject of search_minimal.py."""
+    mine, right = rows[env.rank::env.world], 0
+    model.eval()
+    with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
+        torch.manual_seed(cfg.seed)
+        for start in range(0, len(mine), rows_at_once):
+            chunk = mine[start:start + rows_at_once]
+            prompts = [data.encode_prompt(tokenizer, row["prompt"]) for row in chunk]
+            padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(env.device)
+            ids = model.generate(**padded, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True,
+                                 max_new_tokens=cfg.max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+            texts = tokenizer.batch_decode(ids[:, padded["input_ids"].shape[1]:], skip_special_tokens=True)
+            right += sum(data.verify(text, row["answer"]) for text, row in zip(texts, chunk))
+    model.train()
+    right, total = all_sum(right, len(mine), env=env)
+    return right / max(1, total)
+
+
+def main(cfg, env):
+    """Train a policy -> summary (also in summary.json). Other chapters call this to make the built-in policy."""
+    # 1) The run's folder and its data. Every process reads all of the data and takes its share of each batch.
+    level = cfg.data[0] if cfg.data[0] in data.LEVELS else None
+    cfg = dataclasses.replace(cfg, out=cfg.out or default_policy(level or "builtin"))
+    if not level and not cfg.model:
+        raise BadInput("--data: your own solutions need --model, the policy to start from")
+    start_time, checkpoint = time.time(), open_run(cfg, env)
+    tokenizer = data.load_tokenizer(checkpoint or cfg.model) if checkpoint or cfg.model else data.builtin_tokenizer()
+    examples, held_out, dropped = load_data(cfg, tokenizer)
+    steps = cfg.steps or max(1, len(examples) // cfg.batch_size)
+    env.print(f"{len(examples)} solutions ({dropped} too long), {steps} steps of {cfg.batch_size}, {env.world} processes on {env.device.type}")
+
+    # 2) Model and optimizer, new or from the last checkpoint.
+    if checkpoint or cfg.model:
+        from transformers import AutoModelForCausalLM
+        model = data.from_pretrained(AutoModelForCausalLM.from_pretrained, checkpoint or cfg.model, dtype=torch_dtype(cfg, env))
+    else:
+        model = new_policy(tokenizer, cfg.seed).to(torch_dtype(cfg, env))
+    model, wrapped = prepare(model, cfg, env)
+    optimizer = make_optimizer(model, cfg, env)
+    start = load_checkpoint(checkpoint, env, optimizer) if checkpoint else 0
+
+    # 3) The loop. Stopped by a signal, it saves what it has; all processes must agree to stop, so the flag is summed with the loss.
+    log, stopping, skipped = Log(cfg, env, start, steps), catch_signals(), 0
+    order = data.batches([len(e["input_ids"]) for e in examples], cfg.batch_size, cfg.seed, start)
+    for step in range(start, steps):
+        batch = [examples[i] for i in next(order)]
+        tokens = sum(len(e["input_ids"]) - e["prompt_length"] for e in batch)  # of the whole global batch, on every process
+
+        def loss_fn(micro):
+            tensors = {k: v.to(env.device) for k, v in data.collate(micro, tokenizer.pad_token_id).items()}
+            return policy_loss(wrapped, tensors, tokens)
+
+        loss = accumulate_gradients(wrapped, local_rows(batch, env), cfg.micro_batch_size, loss_fn, env)
+        lr = learning_rate(step, steps, cfg.lr, cfg.warmup)
+        grad_norm = optimizer_step(model, optimizer, lr, cfg.grad_clip)
+        loss, stop = all_sum(loss, bool(stopping), env=env)
+        skipped += not math.isfinite(grad_norm)
+        row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "skipped": skipped}
+        done = step + 1
+        if cfg.eval_every and done % cfg.eval_every == 0 and done < steps:
+            row["pass@1"] = pass_at_1(model, tokenizer, held_out, cfg, env)
+        log.row(done, **row)
+        log.advance(loss=loss, grad_norm=grad_norm)
+        if stop or done == steps or (cfg.save_every and done % cfg.save_every == 0):
+            save_checkpoint(cfg, env, done, model, tokenizer, optimizer)
+        if stop:
+            log.close()
+            env.print(f"stopped after step {done} of {steps}; --resume continues")
+            return None
+    log.close()
+
+    # 4) What came of it.
+    summary = {"pass@1": pass_at_1(model, tokenizer, held_out, cfg, env), "questions": len(held_out), "steps": steps, "skipped": skipped,
+               "parameters": sum(p.numel() for p in model.parameters())}
+    if env.rank == 0:
+        save_model(os.path.join(cfg.out, "model"), model, tokenizer)
+        write_json(os.path.join(cfg.out, "summary.json"), summary)
+    barrier(env)
+    env.print(f"pass@1 {summary['pass@1']:.3f} on {len(held_out)} held-out questions; {time.time() - start_time:.0f} s; "
+              f"the policy is in {os.path.join(cfg.out, 'model')}")
+    return summary
+
+
+def default_policy(level):
+    """Folder of the run that makes the built-in policy of a level."""
+    return os.path.join("runs", "sft" + level.removeprefix("builtin"))
+
+
+def builtin_policy(level, env):
+    """The built-in policy's model folder, trained first (or its training continued) where it is not there yet."""
+    folder = os.path.join(default_policy(level), "model")
+    if not os.path.isdir(folder):
+        env.print(f"there is no {folder} yet: training the built-in policy first")
+        main(Config(data=(level,), resume=True), env)
+    return folder
+
+
+if __name__ == "__main__":
+    launch(main, Config)
