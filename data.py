@@ -33,7 +33,7 @@ import zlib
 import numpy as np
 import torch
 
-from answers import extract_answer, verify  # noqa: F401  (re-exported: data.verify is the project's one answer check)
+from answers import answer_key, extract_answer, verify  # noqa: F401  (re-exported: data.verify is the project's one answer check)
 from formats import BadInput, read_pairs, read_problems, read_trajectories, recognise  # noqa: F401
 
 STEP_END = "\n\n"  # what closes a step in a response; the last step is closed by the end of the response
@@ -42,7 +42,7 @@ STEP_END = "\n\n"  # what closes a step in a response; the last step is closed b
 # ---------------------------------------------------------------------------------------------------------------------
 # The built-in task. Everything is a pure function of its seed.
 
-LEVELS = {"builtin": (3, 6), "builtin-hard": (8, 12)}  # fewest and most operations of a question
+LEVELS = {"builtin": (3, 6), "builtin-hard": (8, 14)}  # fewest and most operations of a question
 HABIT_RATE = 0.6  # how often the student follows a wrong habit
 FACTS = [(a, op, b) for a in range(10) for op in "+-*" for b in range(2, 10)]
 

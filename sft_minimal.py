@@ -268,7 +268,7 @@ def open_run(cfg, env):
     if cfg.resume and os.path.exists(config_file):
         with open(config_file) as f:
             before = json.load(f)
-        free = {"resume", "save_every", "micro_batch_size", "grad_checkpoint"}  # what does not change the result
+        free = {"resume", "save_every", "micro_batch_size", "grad_checkpoint", "rows_at_once", "show", "plot"}  # what does not change the result
         for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
             if name not in free and before.get(name, value) != value:
                 raise BadInput(f"--resume: {cfg.out} was started with --{name} {before[name]}, not {value}")
@@ -383,7 +383,7 @@ def parse(Config, argv=None):
         kind = {"action": argparse.BooleanOptionalAction} if f.type in (bool, "bool") else {"type": type(f.default)}
         if isinstance(f.default, tuple):
             numbers = f.default and not isinstance(f.default[0], str)
-            kind = {"type": float, "nargs": len(f.default)} if numbers else {"type": str, "nargs": "+"}
+            kind = {"type": type(f.default[0]) if numbers else str, "nargs": 2 if numbers and isinstance(f.default[0], float) else "+"}
         if f.metadata["choices"]:
             kind["choices"] = f.metadata["choices"]
         parser.add_argument("--" + f.name, default=f.default, help=f.metadata["help"], **kind)
@@ -418,7 +418,7 @@ def load_data(cfg, tokenizer):
     """-> training examples, held-out rows."""
     level = cfg.data[0]
     if level in data.LEVELS:
-        n = {"builtin": 600, "builtin-hard": 2000}[level] * 64  # so that one pass is as long as the policy needs
+        n = {"builtin": 600, "builtin-hard": 1200}[level] * 64  # so that one pass is as long as the policy needs
         rows = data.make_trajectories(data.make_problems(n // 4, "train", cfg.seed, level), 4, seed=cfg.seed)
         held_out = data.make_trajectories(data.make_problems(cfg.eval_problems, "test", 0, level), seed=1)
     else:

@@ -428,5 +428,14 @@ def score_file(cfg, env):
                               "values": [round(v, 6) for v in scored[id(row)]] if id(row) in scored else None}))
 
 
+def builtin_reward_model(level, env, method="tdrm"):
+    """The built-in reward model's folder, trained first where it is not there yet."""
+    out = os.path.join("runs", method + level.removeprefix("builtin"))
+    if not os.path.isdir(os.path.join(out, "model")):
+        env.print(f"there is no {out}/model yet: training the built-in reward model first")
+        main(Config(method=method, data=(level,), out=out, resume=True), env)
+    return os.path.join(out, "model")
+
+
 if __name__ == "__main__":
     sft.launch(main, Config)

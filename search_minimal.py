@@ -1,0 +1,680 @@
+"""Search: what does spending N samples buy, with and without a reward model? And how sampling works, for the chapters on RL.
+
+One set of samples, many ways to answer from it (all at every power of two up to --n):
+    pass@1          mean accuracy of a sample                 oracle    pass@n = 1 - C(N-c, n) / C(N, n), c of N right
+    majority        the most frequent answer, equal values being one answer (data.answer_key)
+    best-of-n       the sample with the best score            weighted  the answer with the largest sum of scores
+A response's score is made of its step values V_1..V_T by --aggregate: last, min, mean or prod.
+
+Or the tree is grown step by step: from each kept prefix sample `expand` next steps, value them, keep the best `beam`:
+    greedy search   --beam 1 --expand b                       beam search   --beam k --expand b
+    dvts            k independent greedy searches, best result at the end (diverse verifier tree search)
+Finished responses stay candidates with their value. The search ends when all that is kept is finished.
+
+Where the time goes is the cache, so it is written out here (RowCache): one prefill per prompt, its keys and values repeated for its
+samples; rows that end are swapped to the back and leave the batch; a kept prefix keeps its rows in the policy's AND the reward model's
+cache, so no prefix token passes through either model twice. Duplicate candidates are scored once.
+
+    python search_minimal.py                                          # built-in policy and reward model: a table in about a minute
+    python search_minimal.py --prm runs/tdrm/model runs/scalar_prm/model runs/scalar_orm/model --show
+    torchrun --nproc_per_node=8 search_minimal.py --model Qwen/Qwen2.5-Math-7B-Instruct --data math500.jsonl --n 64 --prm PRM
+    python search_minimal.py --label_rollouts 8 --data solutions.jsonl --out runs/labels     # step labels by rollouts
+
+Files in --out: samples.jsonl (trajectories, with values: training data for tdrm_minimal.py), summary.json (the table).
+Left out: lookahead search and MCTS; batching across depths (all problems of a chunk advance by one step together).
+"""
+import dataclasses
+import json
+import math
+import os
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import sft_minimal as sft
+import tdrm_minimal as tdrm
+from data import BadInput
+from sft_minimal import opt
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = opt("", "policy: Hugging Face name or folder; empty: the built-in one")
+    prm: tuple = opt((), "reward models to compare; empty: the built-in TDRM; none: only what needs none")
+    data: tuple = opt(("builtin",), "builtin, builtin-hard, or files of problems (with --label_rollouts: of trajectories)")
+    out: str = opt("", "folder of the run; empty: runs/search")
+    problems: int = opt(200, "how many problems; 0: all of the files'", low=0)
+    n: int = opt(16, "samples of each problem", low=1)
+    beam: int = opt(4, "kept prefixes in beam search, subtrees in dvts", low=1)
+    expand: tuple = opt((2, 4, 8), "next steps sampled from each kept prefix")
+    aggregate: str = opt("last", "what a response's score is made of", choices=("last", "min", "mean", "prod"))
+    temperature: float = opt(1.0, "of sampling; 0: the likeliest token", low=0)
+    max_new_tokens: int = opt(128, "longest response", low=1)
+    max_step_tokens: int = opt(64, "longest step in tree search", low=1)
+    max_steps: int = opt(40, "deepest tree", low=1)
+    rows_at_once: int = opt(2048, "rows in one decoding batch of one process (memory only, same result)", low=1)
+    label_rollouts: int = opt(0, "label every step of the trajectories in --data from this many rollouts; search nothing", low=0)
+    label_kind: str = opt("soft", "a label is the share of right rollouts (soft) or 1 if any is (hard)", choices=("soft", "hard"))
+    dtype: str = opt("auto", "of the weights; auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
+    seed: int = opt(0, "of the sampling", low=0)
+    resume: bool = opt(False, "keep the problems that --out has already done, do the others")
+    show: bool = opt(False, "print one beam search step by step")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache. A row is one response being written; a slot is one token's keys and values in all layers.
+
+class RowCache:
+    """Keys and values of R rows with room for C slots each, written in place. `rows` is the number of rows still in the batch: they
+    come first. Slots that belong to no token of a row (padding) are False in `mask`; `position` is each row's number of tokens.
+
+    Rotary position is in the keys before they come here, so slots and rows may be moved about freely. Full attention only.
+    """
+    now = peak = 0  # bytes in all caches of the process
+
+    def __init__(self, rows, slots, device):
+        self.keys, self.values, self.bytes = [], [], 0
+        self.mask = torch.zeros(rows, slots, dtype=torch.bool, device=device)
+        self.position = torch.zeros(rows, dtype=torch.long, device=device)
+        self.rows, self.used = rows, 0
+
+    def _allocate(self, like):
+        tensor = like.new_empty(self.mask.shape[0], like.shape[1], self.mask.shape[1], like.shape[3])  # (R, heads, C, head size)
+        self.bytes += tensor.nbytes
+        RowCache.now += tensor.nbytes
+        RowCache.peak = max(RowCache.peak, RowCache.now)
+        return tensor
+
+    def __del__(self):
+        RowCache.now -= self.bytes
+
+    def update(self, keys, values, layer, *_, **__):
+        """What a transformers attention layer calls: store the new (rows, heads, q, head size), return all so far."""
+        if layer == len(self.keys):
+            self.keys.append(self._allocate(keys))
+            self.values.append(self._allocate(values))
+        end = self.used + keys.shape[2]
+        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            store[:self.rows, :, self.used:end] = new
+        return self.keys[layer][:self.rows, :, :end], self.values[layer][:self.rows, :, :end]
+
+    def select(self, rows, room):
+        """A new cache whose row i is this one's row rows[i] (any may repeat or be left out), without the holes, with `room` free slots."""
+        rows = torch.as_tensor(rows, device=self.mask.device)
+        mask = self.mask[rows, :self.used]
+        length = int(mask.sum(1).max()) if len(rows) else 0
+        slots = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, self.used - length:]  # real slots last, in their order
+        new = RowCache(len(rows), length + room, self.mask.device)
+        new.mask[:, :length], new.position, new.used = mask.gather(1, slots), self.position[rows], length
+        full = bool(mask.all())
+        for mine, theirs in ((self.keys, new.keys), (self.values, new.values)):
+            for tensor in mine:
+                theirs.append(new._allocate(tensor))
+                theirs[-1][:, :, :length] = tensor[rows, :, :self.used] if full else tensor[rows[:, None], :, slots].transpose(1, 2)
+        return new
+
+    def drop(self, done):
+        """Swap the rows where `done` (rows,) is True behind the others and out of the batch -> the new order of the old row numbers."""
+        order = torch.arange(self.rows, device=done.device)
+        self.rows = int((~done).sum())
+        a, b = done[:self.rows].nonzero()[:, 0], self.rows + (~done[self.rows:]).nonzero()[:, 0]  # as many ended in front as live behind
+        ab, ba = torch.cat([a, b]), torch.cat([b, a])
+        order[ab] = ba
+        if len(a):
+            for tensor in self.keys + self.values:
+                tensor[ab, :, :self.used] = tensor[ba, :, :self.used]
+            self.mask[ab], self.position[ab] = self.mask[ba], self.position[ba]
+        return order
+
+
+def cache_bytes(config, rows, slots, dtype):
+    """Bytes of keys and values for `rows` rows of `slots` tokens, from a model's config."""
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_size * rows * slots * dtype.itemsize
+
+
+def feed(model, cache, input_ids, mask, **options):
+    """Run new tokens (rows, q), `mask` True on the real ones, behind what the cache holds -> the model's output."""
+    rows, q = input_ids.shape
+    end = cache.used + q
+    cache.mask[:rows, cache.used:end] = mask
+    slots = torch.arange(end, device=input_ids.device)
+    causal = slots <= slots[cache.used:, None]  # (q, end)
+    attention = cache.mask[:rows, None, :end] & causal | (slots == slots[cache.used:, None])  # padding sees itself: no row is empty
+    positions = (cache.position[:rows, None] + mask.cumsum(1) - 1).clamp(min=0)
+    output = model(input_ids=input_ids, attention_mask=attention[:, None], position_ids=positions, past_key_values=cache, use_cache=True,
+                   **options)
+    cache.used = end
+    cache.position[:rows] += mask.sum(1)
+    return output
+
+
+def pad(sequences, side, device, value=0):
+    """Lists of ids -> (ids, mask) of shape (rows, longest), padded on one side."""
+    longest = max(map(len, sequences))
+    fill = [[value] * (longest - len(s)) for s in sequences]
+    ids = [f + list(s) if side == "left" else list(s) + f for s, f in zip(sequences, fill)]
+    real = [[False] * len(f) + [True] * len(s) if side == "left" else [True] * len(s) + [False] * len(f) for s, f in zip(sequences, fill)]
+    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
+
+
+def prefill(model, prompts, device):
+    """One forward over all prompts (lists of ids) -> cache, logits (P, V) of the first response token."""
+    ids, mask = pad(prompts, "left", device)
+    cache = RowCache(len(prompts), ids.shape[1], device)
+    return cache, feed(model, cache, ids, mask, logits_to_keep=1).logits[:, -1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling.
+
+@dataclass
+class Sample:
+    """One response: its tokens (the end-of-response token included), their log-probs under the sampling temperature, its text."""
+    prompt_ids: list
+    token_ids: list
+    logprobs: list
+    text: str
+    finished: bool  # ended by itself, not at max_new_tokens
+
+
+def uniforms(seed, key, depth, starts, length):
+    """The noise of sampling: (len(starts), length) numbers in [0, 1), a function of the seed and the problem alone, so that neither the
+    batch nor the number of processes changes a sample. `starts`: at which response token each row begins."""
+    return np.random.default_rng([seed, key, depth]).random((len(starts), length), dtype=np.float32)
+
+
+def pick(logprobs, noise):
+    """Sample by inverting the cumulative distribution: logprobs (rows, V), noise (rows,) -> token ids (rows,)."""
+    total = logprobs.exp().cumsum(-1)
+    return torch.searchsorted(total, (noise * total[:, -1])[:, None], right=True)[:, 0].clamp(max=logprobs.shape[1] - 1)
+
+
+class StepEnd:
+    """Which tokens close a step, that is, complete a blank line after some text."""
+
+    def __init__(self, tokenizer, device):
+        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=False)
+        flag = lambda test: torch.tensor([bool(test(text)) for text in texts], device=device)  # noqa: E731
+        self.blank, self.starts = flag(lambda s: data.STEP_END in s), flag(lambda s: s.startswith("\n"))
+        self.ends, self.text = flag(lambda s: s.endswith("\n")), flag(lambda s: s.strip())
+
+
+@torch.no_grad()
+def decode(model, cache, logits, noise, temperature, eos_id, step_end=None):
+    """Sample every row of the cache until eos, the end of a step (if `step_end` is given), or the end of its noise (rows, length).
+
+    -> tokens, logprobs: a list for each row; place: row i's keys and values are in row place[i] of the cache (its last token's are not).
+    """
+    rows, length = noise.shape
+    tokens = torch.zeros(rows, length, dtype=torch.long, device=logits.device)
+    logprobs = torch.zeros(rows, length, device=logits.device)
+    lengths = torch.zeros(rows, dtype=torch.long, device=logits.device)
+    order = torch.arange(rows, device=logits.device)  # order[place] = row
+    newline = torch.zeros(rows, dtype=torch.bool, device=logits.device)  # does the row's text end in a newline; has it any text
+    has_text = newline.clone()
+    for t in range(length):
+        live = order[:cache.rows]
+        logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+        chosen = pick(logp, noise[live, t]) if temperature else logp.argmax(-1)
+        tokens[live, t], logprobs[live, t] = chosen, logp.gather(1, chosen[:, None])[:, 0]
+        lengths[live] = t + 1
+        done = chosen == eos_id
+        if step_end:
+            has_text[live] |= step_end.text[chosen]
+            done |= (step_end.blank[chosen] | (newline[live] & step_end.starts[chosen])) & has_text[live]
+            newline[live] = step_end.ends[chosen]
+        if t + 1 == length or done.all():
+            break
+        if done.any():
+            permutation = cache.drop(done)
+            order[:len(permutation)] = live[permutation]
+            chosen = chosen[permutation][:cache.rows]
+        logits = feed(model, cache, chosen[:, None], torch.ones_like(chosen[:, None], dtype=torch.bool)).logits[:, -1]
+    cache.rows = rows
+    lengths, tokens, logprobs = lengths.tolist(), tokens.tolist(), logprobs.tolist()
+    return [x[:n] for x, n in zip(tokens, lengths)], [x[:n] for x, n in zip(logprobs, lengths)], order.argsort()
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, n, temperature=1.0, max_new_tokens=256, seed=0, keys=None, stop="eos", rows_at_once=2048):
+    """`n` responses to each prompt (a question, chat messages, or a list of token ids) -> a list of `n` Samples per prompt.
+
+    One prefill per prompt, its cache repeated n times. `stop="step"` also stops at the end of the first step. `keys` (ints) name the
+    prompts for the noise (default: their index). Raises BadInput for a prompt that does not fit the model with its response.
+    """
+    model.eval()
+    device, eos_id = next(model.parameters()).device, tokenizer.eos_token_id
+    encoded = [p if isinstance(p, list) and p and isinstance(p[0], int) else data.encode_prompt(tokenizer, p) for p in prompts]
+    limit = getattr(model.config, "max_position_embeddings", math.inf)
+    for ids in encoded:
+        if len(ids) + max_new_tokens > limit:
+            raise BadInput(f"a prompt of {len(ids)} tokens and --max_new_tokens {max_new_tokens} exceed the model's {limit}")
+    step_end = StepEnd(tokenizer, device) if stop == "step" else None
+    results = [[] for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    at_once = max(1, rows_at_once // n)
+    for chunk in (by_length[i:i + at_once] for i in range(0, len(by_length), at_once)):
+        cache, logits = prefill(model, [encoded[i] for i in chunk], device)
+        repeat = np.repeat(np.arange(len(chunk)), n)
+        noise = np.concatenate([uniforms(seed, keys[i] if keys else i, 0, [0] * n, max_new_tokens) for i in chunk])
+        cache, logits = cache.select(repeat, max_new_tokens), logits[torch.as_tensor(repeat, device=device)]
+        tokens, logprobs, _ = decode(model, cache, logits, torch.from_numpy(noise).to(device), temperature, eos_id, step_end)
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for row, (ids, logp, text) in enumerate(zip(tokens, logprobs, texts)):
+            i = chunk[row // n]
+            results[i].append(Sample(encoded[i], ids, logp, text, finished=ids[-1] == eos_id))
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tree search: greedy, beam and dvts are one algorithm with other numbers.
+
+@dataclass
+class Beam:
+    """A response under construction. `group` is what it competes in: its problem, or its subtree in dvts."""
+    group: int
+    token_ids: list
+    steps: list
+    value: float = 0.0
+    finished: bool = False
+    row: int = 0  # its row in the caches
+
+
+@torch.no_grad()
+def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, subtrees=1, temperature=1.0, max_step_tokens=64, max_steps=40,
+                max_new_tokens=256, seed=0, keys=None, step_end=None, trace=None):
+    """Grow each prompt's response step by step -> (best Beam of each prompt, {"generated": tokens, "scored": tokens}).
+
+    Greedy search: keep 1; beam search: keep k; dvts: keep 1 in each of k `subtrees`. At the root keep * expand steps are sampled. All
+    prompts advance together, one depth at a time. A list `trace` receives (depth, group, candidates, kept) for showing.
+    """
+    device, eos_id = next(model.parameters()).device, tokenizer.eos_token_id
+    step_end = step_end or StepEnd(tokenizer, device)
+    count = Counter()
+    groups = [i for i in range(len(prompts)) for _ in range(subtrees)]  # group -> prompt
+
+    # The root: one prefill per prompt in each model. The reward model's prompt is scored with its first step.
+    cache, logits = prefill(model, [data.encode_prompt(tokenizer, p) for p in prompts], device)
+    ids, mask = pad([data.encode_prompt(prm_tokenizer, p) for p in prompts], "left", device)
+    prm_cache = RowCache(len(prompts), ids.shape[1], device)
+    feed(prm, prm_cache, ids, mask)
+    count["scored"] += int(mask.sum())
+    live = [Beam(group, [], [], row=i) for group, i in enumerate(groups)]
+    finished = defaultdict(list)
+
+    for depth in range(max_steps):
+        # 1) Sample next steps from every live prefix.
+        parents = [beam for beam in live for _ in range(expand if depth else keep * expand)]
+        if not parents:
+            break
+        room = max(1, min(max_step_tokens, max_new_tokens - min(len(b.token_ids) for b in parents)))
+        rows = [b.row for b in parents]
+        cache, logits = cache.select(rows, room), logits[torch.tensor(rows, device=device)]
+        noise = torch.from_numpy(step_noise(parents, groups, keys, seed, depth, room)).to(device)
+        tokens, _, place = decode(model, cache, logits, noise, temperature, eos_id, step_end)
+        count["generated"] += sum(map(len, tokens))
+
+        # 2) Distinct candidates; each is scored once, its new tokens only.
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        candidates, where = {}, []
+        for i, (parent, new, text) in enumerate(zip(parents, tokens, texts)):
+            name = (parent.group, tuple(parent.token_ids), tuple(new))
+            if name not in candidates and text.strip():
+                candidates[name] = Beam(parent.group, parent.token_ids + new, parent.steps + [text.strip()], finished=new[-1] == eos_id, row=len(where))
+                where.append(i)
+        candidates = list(candidates.values())
+        if not candidates:
+            break
+        steps = [data._token_ids(prm_tokenizer, b.steps[-1] + ("" if b.finished else data.STEP_END)) for b in candidates]
+        ids, mask = pad(steps, "right", device)
+        prm_cache = prm_cache.select([parents[i].row for i in where], ids.shape[1])
+        scores = feed(prm, prm_cache, ids, mask).logits[..., 0]  # (candidates, tokens)
+        count["scored"] += int(mask.sum())
+        for beam, value in zip(candidates, scores.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0].float().sigmoid().tolist()):
+            beam.value = value
+
+        # 3) Keep the best of each group; finished responses stay candidates.
+        by_group = defaultdict(list)
+        for beam in candidates:
+            by_group[beam.group].append(beam)
+        live = []
+        for group, new in by_group.items():
+            kept = sorted(finished[group] + new, key=lambda b: -b.value)[:keep]
+            over = lambda b: b.finished or len(b.token_ids) >= max_new_tokens  # noqa: E731
+            finished[group] = [b for b in kept if over(b)]
+            live += [b for b in kept if not over(b)]
+            if trace is not None:
+                trace.append((depth, group, new, kept))
+        if not live:
+            break
+
+        # 4) The kept prefixes keep their rows in both caches. Their last token has been sampled but not yet been read: read it once.
+        rows = [b.row for b in live]
+        cache, prm_cache = cache.select(place[[where[r] for r in rows]], 1), prm_cache.select(rows, 0)
+        last = torch.tensor([[b.token_ids[-1]] for b in live], device=device)
+        logits = feed(model, cache, last, torch.ones_like(last, dtype=torch.bool)).logits[:, -1]
+        for row, beam in enumerate(live):
+            beam.row = row
+
+    best = []
+    for i in range(len(prompts)):  # where nothing ended within max_steps, the best prefix is all there is
+        pool = [b for g, p in enumerate(groups) if p == i for b in finished[g]] or [b for b in live if groups[b.group] == i]
+        best.append(max(pool, key=lambda b: b.value, default=Beam(i, [], [])))
+    return best, count
+
+
+def step_noise(parents, groups, keys, seed, depth, length):
+    """(rows, length) noise for the rows of one depth, drawn for each problem by itself. Depth 0 begins where plain sampling does."""
+    rows = defaultdict(list)
+    for i, parent in enumerate(parents):
+        rows[groups[parent.group]].append(i)
+    noise = np.zeros((len(parents), length), dtype=np.float32)
+    for prompt, mine in rows.items():
+        noise[mine] = uniforms(seed, keys[prompt] if keys else prompt, depth, [len(parents[i].token_ids) for i in mine], length)
+    return noise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answering from one set of samples.
+
+def aggregate(values, how):
+    """Step values of a response -> its score. "last" is V of the whole response; the product is taken in logs."""
+    if not values:
+        return 0.0
+    return {"last": lambda v: v[-1], "min": min, "mean": lambda v: sum(v) / len(v), "prod": math.prod}[how](values)
+
+
+def pass_at_n(right, total, n):
+    """Unbiased estimate of P(any of n samples is right) from `right` of `total`."""
+    return 1 - math.comb(total - right, n) / math.comb(total, n)
+
+
+def vote(answers, weights):
+    """The answer (a key; None: no answer) with the largest sum of weights; ties go to the one that came first."""
+    votes = Counter()
+    for answer, weight in zip(answers, weights):
+        if answer is not None:
+            votes[answer] += weight
+    return max(votes, key=votes.get) if votes else None
+
+
+def answers_from_samples(record, n, how):
+    """Accuracies {method: 0..1} of one problem at n samples, from its record with N of them: the mean over the N // n groups of n."""
+    keys, right, result = record["keys"], record["right"], defaultdict(list)
+    right_keys = {k for k, r in zip(keys, right) if r}
+    for start in range(0, len(keys) - n + 1, n):
+        part = slice(start, start + n)
+        result["majority"].append(vote(keys[part], [1] * n) in right_keys)
+        for name, values in record["values"].items():
+            scores = [aggregate(v, how) for v in values[part]]
+            result[f"best-of-n, {name}"].append(right[part][int(np.argmax(scores))])
+            result[f"weighted, {name}"].append(vote(keys[part], scores) in right_keys)
+    return {"oracle": pass_at_n(sum(right), len(right), n), **{method: float(np.mean(hits)) for method, hits in result.items()}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run: problems in chunks, each chunk's results written at once, so that a stopped run loses one chunk at most.
+
+def in_chunks(cfg, env, count, at_once, work):
+    """Apply `work([index...]) -> [record...]` to problems 0..count-1, split over the processes -> all records by index. With --resume,
+    records already in --out are kept."""
+    folder = os.path.join(cfg.out, "state")
+
+    def read():
+        records = {}
+        for name in sorted(os.listdir(folder)):
+            if name.endswith(".jsonl"):
+                with open(os.path.join(folder, name)) as f:
+                    records.update({r["index"]: r for r in map(json.loads, (line for line in f if line.endswith("\n")))})
+        return records
+
+    todo = [i for i in range(count) if i not in read()][env.rank::env.world]
+    sft.barrier(env)  # nobody writes while another still reads
+    path = os.path.join(folder, f"rank{env.rank}.jsonl")
+    if os.path.exists(path):  # a line that was cut short must not swallow the next one
+        with open(path, "rb+") as f:
+            f.truncate(f.read().rfind(b"\n") + 1)
+    with open(path, "a") as f, tqdm(total=len(todo), desc=os.path.basename(cfg.out), disable=env.rank > 0, dynamic_ncols=True) as bar:
+        for chunk in (todo[i:i + at_once] for i in range(0, len(todo), at_once)):
+            f.write("".join(json.dumps(record) + "\n" for record in work(chunk)))
+            f.flush()
+            bar.update(len(chunk))
+    sft.barrier(env)
+    return [record for _, record in sorted(read().items())]
+
+
+def score_texts(prm, tokenizer, prompt, texts, env, max_length=10**9):
+    """Step values of each response of one prompt; equal responses are scored once -> (list of lists, tokens scored)."""
+    distinct = {text: data.split_steps(text) for text in texts}
+    rows = [{"prompt": prompt, "completions": steps} for steps in distinct.values() if steps]
+    if not rows:
+        return [[] for _ in texts], 0
+    examples, _ = data.encode_rows(rows, tokenizer, max_length)
+    alone = dataclasses.replace(env, rank=0, world=1)  # each process has its own problems
+    values = iter(tdrm.score_rows(prm, examples, tokenizer.pad_token_id, alone))
+    by_text = {text: next(values) if steps else [] for text, steps in distinct.items()}
+    return [by_text[text] for text in texts], sum(len(e["input_ids"]) for e in examples)
+
+
+def search(cfg, env, level):
+    """Every method on every problem -> the table's rows (also in summary.json)."""
+    # 1) Policy, reward models, problems. A problem that leaves no room for a response is reported and counted.
+    from transformers import AutoModelForCausalLM
+    dtype = sft.torch_dtype(cfg, env)
+    policy_name = cfg.model or sft.builtin_policy(level or "builtin", env)
+    prms = [] if cfg.prm == ("none",) else list(cfg.prm) or [tdrm.builtin_reward_model(level or "builtin", env)]
+    tokenizer = data.load_tokenizer(policy_name)
+    model = data.from_pretrained(AutoModelForCausalLM.from_pretrained, policy_name, dtype=dtype).to(env.device).eval()
+    models = {prm_name(name, prms): (tdrm.load_reward_model(name, dtype).to(env.device).eval(), data.load_tokenizer(name)) for name in prms}
+    problems = data.make_problems(cfg.problems or 1000, "test", 0, level) if level else list(data.read_problems(cfg.data))
+    problems = problems[:cfg.problems or None]
+    limit = getattr(model.config, "max_position_embeddings", math.inf) - cfg.max_new_tokens
+    fits = [len(data.encode_prompt(tokenizer, p["question"])) <= limit for p in problems]
+    for i in [i for i, ok in enumerate(fits) if not ok]:
+        env.print(f"left out, too long for the model: {problems[i].get('source', i)}")
+    problems = [p for p, ok in zip(problems, fits) if ok]
+    if not problems:
+        raise BadInput("--data: there is no problem that leaves room for a response")
+    step_end, most = StepEnd(tokenizer, env.device), max(cfg.n, max(cfg.expand) * cfg.beam if models else 1)
+    sampling = {"temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
+    trees = [("greedy search", 1, b, 1) for b in cfg.expand]
+    trees += [(f"{what} {cfg.beam} x", *numbers) for b in cfg.expand if cfg.beam > 1
+              for what, numbers in (("beam search", (cfg.beam, b, 1)), ("dvts", (1, b, cfg.beam)))]
+    caches = Counter()
+
+    # 2) All methods on a chunk of problems -> one record each.
+    def work(chunk):
+        questions, golds = [problems[i]["question"] for i in chunk], [problems[i]["answer"] for i in chunk]
+        records = [{"index": i, "values": {}, "generated": {}, "scored": {}, "seconds": {}, "tree": {}} for i in chunk]
+
+        def timed(name, function, *args, **kwargs):
+            start = time.time()
+            result = function(*args, **kwargs)
+            for record in records:
+                record["seconds"][name] = (time.time() - start) / len(chunk)
+            return result
+
+        RowCache.peak = RowCache.now
+        samples = timed("samples", sample, model, tokenizer, questions, cfg.n, keys=chunk, rows_at_once=cfg.rows_at_once, **sampling)
+        longest = max(len(s[0].prompt_ids) for s in samples)
+        caches["measured"] = max(caches["measured"], RowCache.peak)
+        caches["estimated"] = max(caches["estimated"], cache_bytes(model.config, len(chunk), longest, dtype)
+                                  + cache_bytes(model.config, len(chunk) * cfg.n, longest + cfg.max_new_tokens, dtype))
+        greedy = timed("greedy", sample, model, tokenizer, questions, 1, keys=chunk, **sampling | {"temperature": 0.0})
+        for record, mine, one, gold in zip(records, samples, greedy, golds):
+            found = [data.extract_answer(s.text) for s in mine]
+            record |= {"texts": [s.text for s in mine], "right": [data.verify(s.text, gold) for s in mine],
+                       "keys": [None if a is None else repr(data.answer_key(a)) for a in found], "greedy": data.verify(one[0].text, gold),
+                       "truncated": sum(not s.finished for s in mine)}
+            record["generated"] |= {"samples": sum(len(s.token_ids) for s in mine), "greedy": len(one[0].token_ids)}
+        for name, (prm, prm_tokenizer) in models.items():
+            def score_all():
+                for record, question in zip(records, questions):
+                    record["values"][name], record["scored"][name] = score_texts(prm, prm_tokenizer, question, record["texts"], env)
+            timed(name, score_all)
+            for title, keep, expand, subtrees in trees:
+                method = f"{title} {expand}, {name}"
+                best, count = timed(method, tree_search, model, tokenizer, prm, prm_tokenizer, questions, keep, expand, subtrees,
+                                    max_step_tokens=cfg.max_step_tokens, max_steps=cfg.max_steps, keys=chunk, step_end=step_end, **sampling)
+                for record, beam, gold in zip(records, best, golds):
+                    text = tokenizer.decode(beam.token_ids, skip_special_tokens=True)
+                    record["tree"][method] = {"right": data.verify(text, gold), "value": beam.value}
+                    record["generated"][method], record["scored"][method] = (count[k] / len(chunk) for k in ("generated", "scored"))
+        return records
+
+    start = time.time()
+    records = in_chunks(cfg, env, len(problems), max(1, cfg.rows_at_once // most), work)
+
+    # 3) The table, the samples, and one search to look at.
+    rows = table(cfg, records, list(models))
+    if env.rank == 0:
+        print_table(rows, len(records))
+        print(f"{len(fits) - len(problems)} problems left out; caches while sampling: peak {caches['measured'] / 2**20:.1f} MiB, "
+              f"from the config {caches['estimated'] / 2**20:.1f} MiB; {time.time() - start:.0f} s")
+        empty = write_samples(cfg, problems, records)
+        sft.write_json(os.path.join(cfg.out, "summary.json"), {"problems": len(records), "left_out": len(fits) - len(problems),
+                                                               "empty_responses": empty, "rows": rows})
+        if cfg.show and models:
+            name, (prm, prm_tokenizer) = next(iter(models.items()))
+            show_search(cfg, problems[0]["question"], name, model, tokenizer, prm, prm_tokenizer, sampling)
+    sft.barrier(env)
+    return rows
+
+
+def prm_name(path, all_paths):
+    """runs/tdrm/model -> tdrm, where that tells them apart."""
+    short = lambda p: os.path.basename(os.path.normpath(p.removesuffix("/").removesuffix("/model")))  # noqa: E731
+    return short(path) if [short(p) for p in all_paths].count(short(path)) == 1 else path
+
+
+def table(cfg, records, names):
+    """Records -> [{method, n, accuracy, stderr, generated, scored, seconds}], per problem."""
+    rows = []
+
+    def add(method, n, hits, generated, scored, seconds):
+        mean = lambda numbers: float(np.mean(numbers))  # noqa: E731
+        rows.append({"method": method, "n": n, "accuracy": mean(hits), "stderr": float(np.std(hits, ddof=1) / len(hits)**0.5) if len(hits) > 1 else 0.0,
+                     "generated": mean(generated), "scored": mean(scored), "seconds": mean(seconds)})
+
+    part = lambda key, name, share=1.0: [r[key].get(name, 0) * share for r in records]  # noqa: E731
+    nothing = [0] * len(records)
+    add("pass@1", 1, [np.mean(r["right"]) for r in records], part("generated", "samples", 1 / cfg.n), nothing, part("seconds", "samples", 1 / cfg.n))
+    add("greedy decoding", 1, [r["greedy"] for r in records], part("generated", "greedy"), nothing, part("seconds", "greedy"))
+    ns = [2**k for k in range(1, int(math.log2(cfg.n)) + 1)]
+    per_n = {n: [answers_from_samples(r, n, cfg.aggregate) for r in records] for n in ns}
+    for method in per_n[ns[0]][0] if ns else ():
+        name = method.partition(", ")[2]
+        for n in ns:
+            share = n / cfg.n
+            seconds = np.add(part("seconds", "samples", share), part("seconds", name, share))
+            add(method, n, [hits[method] for hits in per_n[n]], part("generated", "samples", share), part("scored", name, share), seconds)
+    for method in records[0]["tree"]:
+        add(method, 1, [r["tree"][method]["right"] for r in records], part("generated", method), part("scored", method), part("seconds", method))
+    return rows
+
+
+def print_table(rows, count):
+    print(f"\n{count} problems; tokens and seconds are per problem\n{'method':<34}{'n':>4}  {'accuracy':>14}{'generated':>11}{'scored':>9}{'seconds':>9}")
+    for r in rows:
+        accuracy = f"{r['accuracy']:.3f} ± {r['stderr']:.3f}"
+        print(f"{r['method']:<34}{r['n']:>4}  {accuracy:>14}{r['generated']:>11.1f}{r['scored']:>9.1f}{r['seconds']:>9.4f}")
+
+
+def write_samples(cfg, problems, records):
+    """samples.jsonl: every response as a trajectory row -> number of responses without a step, which are left out."""
+    path, empty = os.path.join(cfg.out, "samples.jsonl"), 0
+    with open(path + ".tmp", "w") as f:
+        for record in records:
+            problem = problems[record["index"]]
+            for j, (text, right) in enumerate(zip(record["texts"], record["right"])):
+                steps = data.split_steps(text)
+                empty += not steps
+                if steps:
+                    f.write(json.dumps({"prompt": problem["question"], "completions": steps, "answer": problem["answer"], "correct": right,
+                                        "values": {name: values[j] for name, values in record["values"].items()}}) + "\n")
+    os.replace(path + ".tmp", path)
+    return empty
+
+
+def show_search(cfg, question, name, model, tokenizer, prm, prm_tokenizer, sampling):
+    """Print one beam search: the candidates of each depth with their values, the kept ones marked."""
+    trace = []
+    tree_search(model, tokenizer, prm, prm_tokenizer, [question], cfg.beam, max(cfg.expand), max_step_tokens=cfg.max_step_tokens,
+                max_steps=cfg.max_steps, trace=trace, **sampling)
+    print(f"\nbeam search {cfg.beam} x {max(cfg.expand)} with {name}: {question}")
+    for depth, _, candidates, kept in trace:
+        print(f"  depth {depth + 1}: {len(candidates)} distinct candidates, {sum(b.finished for b in kept)} of {len(kept)} kept are finished")
+        for beam in sorted(candidates, key=lambda b: -b.value):
+            mark = "keep" if any(beam is b for b in kept) else ""
+            print(f"    {mark:<5}{'█' * round(10 * beam.value):<11}{beam.value:.2f}  {' | '.join(' '.join(s.split()) for s in beam.steps)[-80:]}")
+
+
+def label(cfg, env, level):
+    """`--label_rollouts K`: the label of step t is estimated from K rollouts of the policy from the prefix that ends with step t; the last
+    step's is the outcome itself. Writes labelled.jsonl."""
+    from transformers import AutoModelForCausalLM
+    if level:
+        raise BadInput("--label_rollouts: --data must be trajectory files")
+    policy_name = cfg.model or sft.builtin_policy("builtin", env)
+    tokenizer = data.load_tokenizer(policy_name)
+    model = data.from_pretrained(AutoModelForCausalLM.from_pretrained, policy_name, dtype=sft.torch_dtype(cfg, env)).to(env.device).eval()
+    rows = list(data.read_trajectories(cfg.data))[:cfg.problems or None]
+    limit = getattr(model.config, "max_position_embeddings", math.inf) - cfg.max_new_tokens
+    for row in rows:
+        if row["answer"] is None:
+            raise BadInput(f"{row['source']}: --label_rollouts needs 'answer', to tell whether a rollout reaches it")
+
+    def work(chunk):
+        prefixes, owners = [], []
+        for i in chunk:
+            ids, prompt_length, ends = data.encode_trajectory(tokenizer, rows[i]["prompt"], rows[i]["completions"])
+            for t, end in enumerate(ends[:-1]):
+                if end + 1 <= limit:
+                    prefixes.append(ids[:end + 1])
+                    owners.append((i, t))
+        samples = sample(model, tokenizer, prefixes, cfg.label_rollouts, cfg.temperature, cfg.max_new_tokens, cfg.seed,
+                         keys=[i * 10_000 + t for i, t in owners], rows_at_once=cfg.rows_at_once)
+        labels, tokens = {i: [None] * len(rows[i]["completions"]) for i in chunk}, Counter()
+        for (i, t), rollouts in zip(owners, samples):
+            before = data.STEP_END.join(rows[i]["completions"][:t + 1]) + data.STEP_END
+            right = [data.verify(before + s.text, rows[i]["answer"]) for s in rollouts]
+            labels[i][t] = sum(right) / len(right) if cfg.label_kind == "soft" else float(any(right))
+            tokens[i] += sum(len(s.token_ids) for s in rollouts)
+        for i in chunk:
+            labels[i][-1] = float(rows[i]["correct"])
+        return [{"index": i, "labels": labels[i], "tokens": tokens[i]} for i in chunk]
+
+    records = in_chunks(cfg, env, len(rows), max(1, cfg.rows_at_once // (8 * cfg.label_rollouts)), work)
+    if env.rank == 0:
+        path, failed = os.path.join(cfg.out, "labelled.jsonl"), 0
+        with open(path + ".tmp", "w") as f:
+            for record in records:
+                row = rows[record["index"]]
+                failed += None in record["labels"]
+                if None not in record["labels"]:
+                    f.write(json.dumps({k: row[k] for k in ("prompt", "completions", "answer", "correct")} | {"labels": record["labels"]}) + "\n")
+        os.replace(path + ".tmp", path)
+        summary = {"trajectories": len(records) - failed, "left_out": failed, "tokens": sum(r["tokens"] for r in records),
+                   "mean_label": float(np.mean([x for r in records if None not in r["labels"] for x in r["labels"]] or [0]))}
+        sft.write_json(os.path.join(cfg.out, "summary.json"), summary)
+        print(f"{summary['trajectories']} trajectories labelled ({failed} too long), {summary['tokens']} tokens of rollouts; in {path}")
+    sft.barrier(env)
+
+
+def main(cfg, env):
+    level = cfg.data[0] if cfg.data[0] in data.LEVELS else None
+    cfg = dataclasses.replace(cfg, out=cfg.out or os.path.join("runs", "labels" if cfg.label_rollouts else "search"))
+    sft.open_run(cfg, env)
+    return label(cfg, env, level) if cfg.label_rollouts else search(cfg, env, level)
+
+
+if __name__ == "__main__":
+    sft.launch(main, Config)
