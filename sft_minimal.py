@@ -22,38 +22,25 @@ With no options it trains the built-in policy (134k parameters) that the other c
 
 Files in --out: config.json, metrics.jsonl, summary.json, model/ (a Hugging Face folder), state/ (for --resume).
 """
-import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import shutil
-import signal
-import sys
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with ours
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one progress bar, ours
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
 
 import data
 from data import BadInput
+from plumbing import Env, Log, all_sum, barrier, catch_signals, launch, open_run, opt, parse, setup, write_json  # noqa: F401
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Config: one line per option. The same words mean the same thing in every script.
-
-def opt(default, help, low=None, high=None, choices=None):
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
-
+# Config: the options of every training script. The same words mean the same thing everywhere.
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -81,46 +68,6 @@ class Config(TrainConfig):
     lr: float = opt(4e-3, "peak learning rate (for a 7B model: 1e-5)", low=0)
     max_new_tokens: int = opt(256, "longest response sampled in the evaluation", low=1)
     eval_problems: int = opt(500, "held-out questions in the evaluation", low=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes: who am I among how many, on which device.
-
-@dataclass(frozen=True)
-class Env:
-    rank: int = 0
-    world: int = 1
-    device: torch.device = torch.device("cpu")
-
-    def print(self, *args):
-        if self.rank == 0:
-            tqdm.write(" ".join(map(str, args)))
-
-
-def setup():
-    """Join the process group that torchrun describes in the environment (none: a single process) -> Env."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30),
-                                device_id=device if device.type == "cuda" else None)
-    return Env(rank, world, device)
-
-
-def all_sum(*numbers, env):
-    """The sums of these numbers over all processes, as floats."""
-    totals = torch.tensor(numbers, dtype=torch.float64, device=env.device)
-    if env.world > 1:
-        dist.all_reduce(totals)
-    return totals.tolist()
-
-
-def barrier(env):
-    if env.world > 1:
-        dist.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,37 +207,7 @@ def save_model(folder, model, tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A run's folder: config, metrics, checkpoints.
-
-def open_run(cfg, env):
-    """Make --out ready -> the folder of the last checkpoint to continue from, or None. An earlier run is moved aside, not lost."""
-    config_file = os.path.join(cfg.out, "config.json")
-    if cfg.resume and os.path.exists(config_file):
-        with open(config_file) as f:
-            before = json.load(f)
-        free = {"resume", "save_every", "micro_batch_size", "grad_checkpoint", "rows_at_once", "show", "plot"}  # what does not change the result
-        for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
-            if name not in free and before.get(name, value) != value:
-                raise BadInput(f"--resume: {cfg.out} was started with --{name} {before[name]}, not {value}")
-    barrier(env)
-    if env.rank == 0:
-        if not cfg.resume and os.path.exists(config_file):
-            aside = next(f"{cfg.out}.old{i}" for i in range(1, 10**6) if not os.path.exists(f"{cfg.out}.old{i}"))
-            os.rename(cfg.out, aside)
-            env.print(f"{cfg.out} held a run; it is now in {aside} (--resume would have continued it)")
-        os.makedirs(os.path.join(cfg.out, "state"), exist_ok=True)
-        write_json(config_file, dataclasses.asdict(cfg))
-    barrier(env)
-    found = [name for name in os.listdir(os.path.join(cfg.out, "state")) if name.startswith("step_")]
-    return os.path.join(cfg.out, "state", max(found)) if found else None
-
-
-def write_json(path, value):
-    with open(path + ".tmp", "w") as f:
-        json.dump(value, f, indent=1)
-        f.write("\n")
-    os.replace(path + ".tmp", path)
-
+# Checkpoints.
 
 def save_checkpoint(cfg, env, step, model, tokenizer, optimizer):
     """All of a run's state after `step` steps, as state/step_N. It appears by one rename when every process has written its part,
@@ -330,85 +247,6 @@ def load_checkpoint(folder, env, optimizer):
     if state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"])
     return state["step"]
-
-
-class Log:
-    """metrics.jsonl and the progress bar, on process 0. A resumed run first drops the rows its checkpoint does not know."""
-
-    def __init__(self, cfg, env, start, steps):
-        self.path, self.on = os.path.join(cfg.out, "metrics.jsonl"), env.rank == 0
-        if not self.on:
-            return
-        kept = []
-        if start:
-            with open(self.path) as f:
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
-        with open(self.path + ".tmp", "w") as f:
-            f.writelines(kept)
-        os.replace(self.path + ".tmp", self.path)
-        self.file = open(self.path, "a")
-        self.bar = tqdm(total=steps, initial=start, desc=os.path.basename(cfg.out), dynamic_ncols=True, mininterval=0.5)
-
-    def row(self, step, **numbers):
-        if self.on:
-            self.file.write(json.dumps({"step": step, **numbers}) + "\n")
-            self.file.flush()
-
-    def advance(self, **numbers):
-        if self.on:
-            self.bar.set_postfix({name: f"{number:.4g}" for name, number in numbers.items()}, refresh=False)
-            self.bar.update()
-
-    def close(self):
-        if self.on:
-            self.file.close()
-            self.bar.close()
-
-
-def catch_signals():
-    """SIGTERM and Ctrl-C -> a list that is no longer empty: the loop finishes its step, saves and ends."""
-    caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: caught.append(1))
-    return caught
-
-
-def parse(Config, argv=None):
-    """A Config from the command line; an option out of range is a BadInput that says what would be accepted."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise BadInput(message)
-    parser = Parser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for f in dataclasses.fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type in (bool, "bool") else {"type": type(f.default)}
-        if isinstance(f.default, tuple):
-            numbers = f.default and not isinstance(f.default[0], str)
-            kind = {"type": type(f.default[0]) if numbers else str, "nargs": 2 if numbers and isinstance(f.default[0], float) else "+"}
-        if f.metadata["choices"]:
-            kind["choices"] = f.metadata["choices"]
-        parser.add_argument("--" + f.name, default=f.default, help=f.metadata["help"], **kind)
-    values = vars(parser.parse_args(argv))
-    for f in dataclasses.fields(Config):
-        value, low, high = values[f.name], f.metadata["low"], f.metadata["high"]
-        if isinstance(value, list):
-            values[f.name] = tuple(value)
-        elif (low is not None and not value >= low) or (high is not None and not value <= high) or value in (math.inf, -math.inf):
-            raise BadInput(f"--{f.name} {value}: wanted a number " + (f"from {low} to {high}" if high is not None else f"of at least {low}"))
-    return Config(**values)
-
-
-def launch(main, Config):
-    """Parse the options, join the processes, run `main(cfg, env)`. What the user can mend is one line and exit status 1."""
-    try:
-        cfg = parse(Config)
-        main(cfg, setup())
-    except BadInput as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
