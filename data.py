@@ -12,7 +12,7 @@ masks come from lengths too, never from token values (pad may equal eos).
 The built-in task is one-digit arithmetic in a chain, the last digit kept: "7+8*3-5" is solved as "7+8=5", "5*3=5", "5-5=0",
 "\\boxed{0}". Its solutions come from a *student with habits*, who gets 30% of the 240 facts wrong 60% of the time, always with the
 same wrong digit. So errors are systematic: majority voting repeats them, and a verifier has something to win. Two levels:
-`builtin` (3 to 6 operations) and `builtin-hard` (long chains), for studies in which the first is solved too soon.
+`builtin` (3 to 6 operations) and `builtin-hard` (8 to 14, 45% of the facts), for studies in which the first is solved too soon.
 
 Left out on purpose: packing several trajectories into one row (simple, and faster only with a varlen attention kernel).
 
@@ -42,7 +42,7 @@ STEP_END = "\n\n"  # what closes a step in a response; the last step is closed b
 # ---------------------------------------------------------------------------------------------------------------------
 # The built-in task. Everything is a pure function of its seed.
 
-LEVELS = {"builtin": (3, 6), "builtin-hard": (8, 14)}  # fewest and most operations of a question
+LEVELS = {"builtin": (3, 6, 0.3), "builtin-hard": (8, 14, 0.45)}  # fewest and most operations of a question, share of shaky facts
 HABIT_RATE = 0.6  # how often the student follows a wrong habit
 FACTS = [(a, op, b) for a in range(10) for op in "+-*" for b in range(2, 10)]
 
@@ -52,16 +52,18 @@ def digit(a, op, b):
     return {"+": a + b, "-": a - b, "*": a * b}[op] % 10
 
 
-# The student's habits belong to the task, not to a run: the same 72 facts (30%) are shaky under every seed.
+# The student's habits belong to the task, not to a run: the same facts are shaky under every seed.
 _rng = random.Random(0)
-HABITS = {fact: (digit(*fact) + _rng.randint(1, 9)) % 10 for fact in _rng.sample(FACTS, 72)}
+_SHAKY = _rng.sample(FACTS, len(FACTS))
+_WRONG = {fact: (digit(*fact) + _rng.randint(1, 9)) % 10 for fact in _SHAKY}
+HABITS = {level: {fact: _WRONG[fact] for fact in _SHAKY[:round(share * len(FACTS))]} for level, (_, _, share) in LEVELS.items()}
 
 
-def student(value, operations, rng):
+def student(value, operations, rng, habits):
     """Apply `operations` [(op, operand)...] to `value` as the student does; returns the digit after each one."""
     digits = []
     for op, operand in operations:
-        wrong = HABITS.get((value, op, operand))
+        wrong = habits.get((value, op, operand))
         value = wrong if wrong is not None and rng.random() < HABIT_RATE else digit(value, op, operand)
         digits.append(value)
     return digits
@@ -79,7 +81,7 @@ def is_test(question):
 
 def make_problems(n, split="train", seed=0, level="builtin"):
     """`n` different built-in problems {"question", "answer"} of one split ("train" or "test")."""
-    low, high = LEVELS[level]
+    low, high, _ = LEVELS[level]
     rng, seen = random.Random(f"{level} {split} {seed}"), {}
     while len(seen) < n:
         length = rng.randint(low, high)
@@ -92,26 +94,26 @@ def make_problems(n, split="train", seed=0, level="builtin"):
     return [{"question": q, "answer": a} for q, a in seen.items()]
 
 
-def make_trajectories(problems, samples=1, label_rollouts=0, label_kind="hard", seed=0):
+def make_trajectories(problems, samples=1, label_rollouts=0, label_kind="hard", seed=0, level="builtin"):
     """Student solutions of built-in problems, as rows of the trajectory format (`samples` for each problem, in order).
 
     With `label_rollouts` = K > 0, each step is labelled from K student solutions that continue from it: the fraction that reaches
     the answer (`label_kind="soft"`), or 1 if any does ("hard", as Math-Shepherd estimates). Without, labels are None and the
     outcome is all there is.
     """
-    rng, rows = random.Random(f"solutions {seed}"), []
+    rng, rows, habits = random.Random(f"solutions {seed}"), [], HABITS[level]
     for problem in problems:
         start, operations = parse_question(problem["question"])
         answer = int(problem["answer"])
         for _ in range(samples):
-            digits = student(start, operations, rng)
+            digits = student(start, operations, rng, habits)
             befores = [start] + digits[:-1]
             steps = [f"{a}{op}{b}={c}" for a, (op, b), c in zip(befores, operations, digits)]
             correct, labels = digits[-1] == answer, None
             if label_rollouts:
                 labels = []
                 for t, value in enumerate(digits[:-1]):
-                    hits = sum(student(value, operations[t + 1:], rng)[-1] == answer for _ in range(label_rollouts))
+                    hits = sum(student(value, operations[t + 1:], rng, habits)[-1] == answer for _ in range(label_rollouts))
                     labels.append(hits / label_rollouts if label_kind == "soft" else float(hits > 0))
                 labels += [float(correct)] * 2  # from the last result on nothing is left to chance
             first_error = next((t for t, (a, (op, b), c) in enumerate(zip(befores, operations, digits)) if digit(a, op, b) != c), -1)
@@ -313,7 +315,7 @@ def main():
     tokenizer = load_tokenizer(args.model) if args.model else builtin_tokenizer()
     if not args.files:
         for level in LEVELS:
-            rows = make_trajectories(make_problems(500, level=level), 4, label_rollouts=4)
+            rows = make_trajectories(make_problems(500, level=level), 4, label_rollouts=4, level=level)
             print(f"{level}: {LEVELS[level][0]}-{LEVELS[level][1]} operations, the student is right in "
                   f"{np.mean([row['correct'] for row in rows]):.0%}")
             for row in (next(r for r in rows if r["correct"]), next(r for r in rows if not r["correct"])):

@@ -61,7 +61,7 @@ def launch(main, Config):
     try:
         cfg = parse(Config)
         main(cfg, setup())
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -151,7 +151,7 @@ class Log:
         if not self.on:
             return
         kept = []
-        if start:
+        if start and os.path.exists(self.path):
             with open(self.path) as f:
                 kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
         with open(self.path + ".tmp", "w") as f:
@@ -162,7 +162,8 @@ class Log:
 
     def row(self, step, **numbers):
         if self.on:
-            self.file.write(json.dumps({"step": step, **numbers}) + "\n")
+            finite = {k: v if math.isfinite(v) else None for k, v in numbers.items() if v is not None}  # JSON has no NaN
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")
             self.file.flush()
 
     def advance(self, **numbers):
@@ -177,8 +178,13 @@ class Log:
 
 
 def catch_signals():
-    """SIGTERM and Ctrl-C -> a list that is no longer empty: the loop finishes its step, saves and ends."""
+    """SIGTERM and Ctrl-C -> a list that is no longer empty: the loop finishes its step, saves and ends. A second one ends it at once."""
     caught = []
+
+    def handler(*_):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(1)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: caught.append(1))
+        signal.signal(number, handler)
     return caught

@@ -11,9 +11,9 @@ Or the tree is grown step by step: from each kept prefix sample `expand` next st
     dvts            k independent greedy searches, best result at the end (diverse verifier tree search)
 Finished responses stay candidates with their value. The search ends when all that is kept is finished.
 
-Where the time goes is the cache, so it is written out here (RowCache): one prefill per prompt, its keys and values repeated for its
-samples; rows that end are swapped to the back and leave the batch; a kept prefix keeps its rows in the policy's AND the reward model's
-cache, so no prefix token passes through either model twice. Duplicate candidates are scored once.
+The time goes where the cache is (cache.py): one prefill per prompt, its keys and values repeated for its samples; rows that end are
+swapped to the back and leave the batch; a kept prefix keeps its rows in the policy's AND the reward model's cache, so no prefix token
+passes through either model twice. Duplicate candidates are scored once.
 
     python search_minimal.py                                          # built-in policy and reward model: a table in about a minute
     python search_minimal.py --prm runs/tdrm/model runs/scalar_prm/model runs/scalar_orm/model --show
@@ -39,6 +39,7 @@ from tqdm import tqdm
 import data
 import sft_minimal as sft
 import tdrm_minimal as tdrm
+from cache import RowCache, cache_bytes, feed, pad, prefill
 from data import BadInput
 from sft_minimal import opt
 
@@ -65,111 +66,6 @@ class Config:
     seed: int = opt(0, "of the sampling", low=0)
     resume: bool = opt(False, "keep the problems that --out has already done, do the others")
     show: bool = opt(False, "print one beam search step by step")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache. A row is one response being written; a slot is one token's keys and values in all layers.
-
-class RowCache:
-    """Keys and values of R rows with room for C slots each, written in place. `rows` is the number of rows still in the batch: they
-    come first. Slots that belong to no token of a row (padding) are False in `mask`; `position` is each row's number of tokens.
-
-    Rotary position is in the keys before they come here, so slots and rows may be moved about freely. Full attention only.
-    """
-    now = peak = 0  # bytes in all caches of the process
-
-    def __init__(self, rows, slots, device):
-        self.keys, self.values, self.bytes = [], [], 0
-        self.mask = torch.zeros(rows, slots, dtype=torch.bool, device=device)
-        self.position = torch.zeros(rows, dtype=torch.long, device=device)
-        self.rows, self.used = rows, 0
-
-    def _allocate(self, like):
-        tensor = like.new_empty(self.mask.shape[0], like.shape[1], self.mask.shape[1], like.shape[3])  # (R, heads, C, head size)
-        self.bytes += tensor.nbytes
-        RowCache.now += tensor.nbytes
-        RowCache.peak = max(RowCache.peak, RowCache.now)
-        return tensor
-
-    def __del__(self):
-        RowCache.now -= self.bytes
-
-    def update(self, keys, values, layer, *_, **__):
-        """What a transformers attention layer calls: store the new (rows, heads, q, head size), return all so far."""
-        if layer == len(self.keys):
-            self.keys.append(self._allocate(keys))
-            self.values.append(self._allocate(values))
-        end = self.used + keys.shape[2]
-        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            store[:self.rows, :, self.used:end] = new
-        return self.keys[layer][:self.rows, :, :end], self.values[layer][:self.rows, :, :end]
-
-    def select(self, rows, room):
-        """A new cache whose row i is this one's row rows[i] (any may repeat or be left out), without the holes, with `room` free slots."""
-        rows = torch.as_tensor(rows, device=self.mask.device)
-        mask = self.mask[rows, :self.used]
-        length = int(mask.sum(1).max()) if len(rows) else 0
-        slots = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, self.used - length:]  # real slots last, in their order
-        new = RowCache(len(rows), length + room, self.mask.device)
-        new.mask[:, :length], new.position, new.used = mask.gather(1, slots), self.position[rows], length
-        full = bool(mask.all())
-        for mine, theirs in ((self.keys, new.keys), (self.values, new.values)):
-            for tensor in mine:
-                theirs.append(new._allocate(tensor))
-                theirs[-1][:, :, :length] = tensor[rows, :, :self.used] if full else tensor[rows[:, None], :, slots].transpose(1, 2)
-        return new
-
-    def drop(self, done):
-        """Swap the rows where `done` (rows,) is True behind the others and out of the batch -> the new order of the old row numbers."""
-        order = torch.arange(self.rows, device=done.device)
-        self.rows = int((~done).sum())
-        a, b = done[:self.rows].nonzero()[:, 0], self.rows + (~done[self.rows:]).nonzero()[:, 0]  # as many ended in front as live behind
-        ab, ba = torch.cat([a, b]), torch.cat([b, a])
-        order[ab] = ba
-        if len(a):
-            for tensor in self.keys + self.values:
-                tensor[ab, :, :self.used] = tensor[ba, :, :self.used]
-            self.mask[ab], self.position[ab] = self.mask[ba], self.position[ba]
-        return order
-
-
-def cache_bytes(config, rows, slots, dtype):
-    """Bytes of keys and values for `rows` rows of `slots` tokens, from a model's config."""
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_size * rows * slots * dtype.itemsize
-
-
-def feed(model, cache, input_ids, mask, **options):
-    """Run new tokens (rows, q), `mask` True on the real ones, behind what the cache holds -> the model's output."""
-    rows, q = input_ids.shape
-    end = cache.used + q
-    cache.mask[:rows, cache.used:end] = mask
-    slots = torch.arange(end, device=input_ids.device)
-    causal = slots <= slots[cache.used:, None]  # (q, end)
-    attention = cache.mask[:rows, None, :end] & causal | (slots == slots[cache.used:, None])  # padding sees itself: no row is empty
-    positions = (cache.position[:rows, None] + mask.cumsum(1) - 1).clamp(min=0)
-    output = model(input_ids=input_ids, attention_mask=attention[:, None], position_ids=positions, past_key_values=cache, use_cache=True,
-                   **options)
-    cache.used = end
-    cache.position[:rows] += mask.sum(1)
-    return output
-
-
-def pad(sequences, side, device, value=0):
-    """Lists of ids -> (ids, mask) of shape (rows, longest), padded on one side."""
-    longest = max(map(len, sequences))
-    fill = [[value] * (longest - len(s)) for s in sequences]
-    ids = [f + list(s) if side == "left" else list(s) + f for s, f in zip(sequences, fill)]
-    real = [[False] * len(f) + [True] * len(s) if side == "left" else [True] * len(s) + [False] * len(f) for s, f in zip(sequences, fill)]
-    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
-
-
-def prefill(model, prompts, device):
-    """One forward over all prompts (lists of ids) -> cache, logits (P, V) of the first response token."""
-    ids, mask = pad(prompts, "left", device)
-    cache = RowCache(len(prompts), ids.shape[1], device)
-    return cache, feed(model, cache, ids, mask, logits_to_keep=1).logits[:, -1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

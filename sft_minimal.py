@@ -97,8 +97,8 @@ def accumulate_gradients(model, examples, micro_batch_size, loss_fn, env):
     `loss_fn` returns a micro-batch's share of the global loss, already divided by the GLOBAL count: sums are all that is left to do.
     Returns this process's share of the loss, a float.
     """
-    total, size = 0.0, micro_batch_size or max(1, len(examples))
-    for start in range(0, max(1, len(examples)), size):
+    total, size = 0.0, micro_batch_size or len(examples)
+    for start in range(0, len(examples), size):
         last = start + size >= len(examples)
         with contextlib.nullcontext() if last or env.world == 1 else model.no_sync():
             loss = loss_fn(examples[start:start + size])
@@ -173,7 +173,9 @@ def torch_dtype(cfg, env):
 
 
 def prepare(model, cfg, env):
-    """Move the model to its device, check the length it can take, switch checkpointing on, wrap in DDP -> (module, wrapped)."""
+    """Move the model to its device, check what it can take, switch checkpointing on, wrap in DDP -> (module, wrapped)."""
+    if cfg.batch_size < env.world:
+        raise BadInput(f"--batch_size {cfg.batch_size}: fewer rows than the {env.world} processes")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and cfg.max_length > limit:
         raise BadInput(f"--max_length {cfg.max_length}: the model takes at most {limit} tokens")
@@ -215,12 +217,11 @@ def save_checkpoint(cfg, env, step, model, tokenizer, optimizer):
     folder = os.path.join(cfg.out, "state", f"step_{step:08d}")
     if os.path.exists(folder):
         return
-    if env.rank == 0:
-        shutil.rmtree(folder + ".tmp", ignore_errors=True)
-        shutil.rmtree(os.path.join(cfg.out, "state", "tmp"), ignore_errors=True)
-        os.makedirs(os.path.join(cfg.out, "state", "tmp"))
-    barrier(env)
     tmp = os.path.join(cfg.out, "state", "tmp")
+    if env.rank == 0:
+        shutil.rmtree(tmp, ignore_errors=True)  # what a run killed while saving left behind
+        os.makedirs(tmp)
+    barrier(env)
     local = optimizer.optim if env.world > 1 else optimizer  # sharded: each process writes its own part
     torch.save({"step": step, "world": env.world, "optimizer": local.state_dict(), "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state() if env.device.type == "cuda" else None}, os.path.join(tmp, f"rank{env.rank}.pt"))
@@ -257,8 +258,8 @@ def load_data(cfg, tokenizer):
     level = cfg.data[0]
     if level in data.LEVELS:
         n = {"builtin": 600, "builtin-hard": 1200}[level] * 64  # so that one pass is as long as the policy needs
-        rows = data.make_trajectories(data.make_problems(n // 4, "train", cfg.seed, level), 4, seed=cfg.seed)
-        held_out = data.make_trajectories(data.make_problems(cfg.eval_problems, "test", 0, level), seed=1)
+        rows = data.make_trajectories(data.make_problems(n // 4, "train", cfg.seed, level), 4, seed=cfg.seed, level=level)
+        held_out = data.make_trajectories(data.make_problems(cfg.eval_problems, "test", 0, level), seed=1, level=level)
     else:
         rows, held_out = data.hold_out(list(data.read_trajectories(cfg.data)))
         rows = [row for row in rows if row["correct"] is not False]  # a wrong solution is nothing to imitate
@@ -369,7 +370,8 @@ def builtin_policy(level, env):
     folder = os.path.join(default_policy(level), "model")
     if not os.path.isdir(folder):
         env.print(f"there is no {folder} yet: training the built-in policy first")
-        main(Config(data=(level,), resume=True), env)
+        if main(Config(data=(level,), resume=True), env) is None:
+            raise SystemExit(0)  # stopped by a signal
     return folder
 
 

@@ -199,8 +199,8 @@ def load_data(cfg, tokenizer):
     level = cfg.data[0]
     if level in data.LEVELS:
         problems = data.make_problems(cfg.problems, "train", cfg.seed, level)
-        rows = data.make_trajectories(problems, 4, cfg.label_rollouts, cfg.label_kind, cfg.seed)
-        held_out = data.make_trajectories(data.make_problems(1000, "test", 0, level), 2, 4, cfg.label_kind, seed=1)
+        rows = data.make_trajectories(problems, 4, cfg.label_rollouts, cfg.label_kind, cfg.seed, level)
+        held_out = data.make_trajectories(data.make_problems(1000, "test", 0, level), 2, 4, cfg.label_kind, 1, level)
     elif cfg.eval:
         rows, held_out = data.read_trajectories(cfg.data), []
     else:
@@ -433,7 +433,8 @@ def builtin_reward_model(level, env, method="tdrm"):
     out = os.path.join("runs", method + level.removeprefix("builtin"))
     if not os.path.isdir(os.path.join(out, "model")):
         env.print(f"there is no {out}/model yet: training the built-in reward model first")
-        main(Config(method=method, data=(level,), out=out, resume=True), env)
+        if main(Config(method=method, data=(level,), out=out, resume=True), env) is None:
+            raise SystemExit(0)  # stopped by a signal
     return os.path.join(out, "model")
 
 
