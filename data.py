@@ -12,7 +12,7 @@ masks come from lengths too, never from token values (pad may equal eos).
 The built-in task is one-digit arithmetic in a chain, the last digit kept: "7+8*3-5" is solved as "7+8=5", "5*3=5", "5-5=0",
 "\\boxed{0}". Its solutions come from a *student with habits*, who gets 30% of the 240 facts wrong 60% of the time, always with the
 same wrong digit. So errors are systematic: majority voting repeats them, and a verifier has something to win. Two levels:
-`builtin` (3 to 6 operations) and `builtin-hard` (8 to 14, 45% of the facts), for studies in which the first is solved too soon.
+`builtin` (3 to 6 operations) and `builtin-hard` (8 to 14, 37.5% of the facts), for studies in which the first is solved too soon.
 
 Left out on purpose: packing several trajectories into one row (simple, and faster only with a varlen attention kernel).
 
@@ -42,7 +42,7 @@ STEP_END = "\n\n"  # what closes a step in a response; the last step is closed b
 # ---------------------------------------------------------------------------------------------------------------------
 # The built-in task. Everything is a pure function of its seed.
 
-LEVELS = {"builtin": (3, 6, 0.3), "builtin-hard": (8, 14, 0.45)}  # fewest and most operations of a question, share of shaky facts
+LEVELS = {"builtin": (3, 6, 0.3), "builtin-hard": (8, 14, 0.375)}  # fewest and most operations of a question, share of shaky facts
 HABIT_RATE = 0.6  # how often the student follows a wrong habit
 FACTS = [(a, op, b) for a in range(10) for op in "+-*" for b in range(2, 10)]
 
@@ -201,12 +201,14 @@ def encode_rows(rows, tokenizer, max_length, eos=False):
     A trajectory longer than `max_length` tokens is dropped and counted: cut on the right it would lose its last step, the one its
     outcome belongs to; cut on the left it would lose the question. Raises BadInput if none is left.
     """
-    examples, longest = [], 0
+    examples, longest, count = [], 0, 0
     for count, row in enumerate(rows, 1):
         input_ids, prompt_length, step_ends = encode_trajectory(tokenizer, row["prompt"], row["completions"], eos)
         longest = max(longest, len(input_ids))
         if len(input_ids) <= max_length:
             examples.append(row | {"input_ids": input_ids, "prompt_length": prompt_length, "step_ends": step_ends})
+    if not count:
+        raise BadInput("--data or --eval: no trajectory to learn from or to evaluate on (no rated step, or only wrong solutions to imitate)")
     if not examples:
         raise BadInput(f"--max_length {max_length}: none of the {count} trajectories fits; the longest has {longest} tokens")
     return examples, count - len(examples)
@@ -274,9 +276,9 @@ def from_pretrained(load, name, **options):
     library alone would retry for half a minute on every process."""
     try:
         return load(name, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files raise almost anything: TypeError, RuntimeError, SafetensorError
         if os.path.isdir(name) or os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
-            reason = str(error).splitlines()[0] if os.path.isdir(name) else "no such folder"
+            reason = (str(error).splitlines() or [type(error).__name__])[0] if os.path.isdir(name) else "no such folder"
             raise BadInput(f"--model {name}: {reason}; wanted: a Hugging Face model folder or name") from None
     try:
         socket.getaddrinfo(os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0], 443)
@@ -286,9 +288,35 @@ def from_pretrained(load, name, **options):
                        f"({str(error).splitlines()[0]})") from None
 
 
+def load_model(kind, name, new=(), **options):
+    """A model all of whose weights are in its files. The library would make up missing ones at random; only those whose names begin
+    as in `new` may be."""
+    model, report = from_pretrained(kind.from_pretrained, name, output_loading_info=True, **options)
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(tuple(new)))
+    if missing:
+        raise BadInput(f"--model {name}: {len(missing)} weights are not in its files, {missing[0]} for one")
+    return model
+
+
+def builtin_level(paths):
+    """The built-in level that --data names, or None where it names files."""
+    if len(paths) > 1 and set(paths) & set(LEVELS):
+        raise BadInput(f"--data {' '.join(paths)}: the built-in task and files do not mix")
+    return paths[0] if paths[0] in LEVELS else None
+
+
+def check_ids(model, examples, name):
+    """BadInput where the tokenizer has ids that the model has no embeddings for (on a GPU it would be an assertion in a kernel)."""
+    largest, known = max(max(e["input_ids"]) for e in examples), model.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise BadInput(f"--model {name}: its tokenizer gives the id {largest}, its weights have {known} embeddings")
+
+
 def load_tokenizer(name):
     from transformers import AutoTokenizer
     tokenizer = from_pretrained(AutoTokenizer.from_pretrained, name)
+    if not tokenizer("1", add_special_tokens=False)["input_ids"]:  # the library makes an empty one up where tokenizer.json is missing
+        raise BadInput(f"--model {name}: its tokenizer has no tokens; wanted: a folder with tokenizer.json or the like")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # safe: masks come from lengths, never from ids
     return tokenizer
@@ -311,6 +339,7 @@ def main():
     parser = argparse.ArgumentParser(description="Show what data files hold, or samples of the built-in task.")
     parser.add_argument("files", nargs="*", help="files of trajectories, problems or preference pairs")
     parser.add_argument("--model", help="whose tokenizer to show with (default: the built-in one, or bytes)")
+    parser.error = lambda message: sys.exit(f"data.py: error: {message}")  # one line, without the usage
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model) if args.model else builtin_tokenizer()
     if not args.files:

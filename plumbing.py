@@ -48,11 +48,14 @@ def parse(Config, argv=None):
         parser.add_argument("--" + f.name, default=f.default, help=f.metadata["help"], **kind)
     values = vars(parser.parse_args(argv))
     for f in dataclasses.fields(Config):
-        value, low, high = values[f.name], f.metadata["low"], f.metadata["high"]
-        if isinstance(value, list):
-            values[f.name] = tuple(value)
-        elif (low is not None and not value >= low) or (high is not None and not value <= high) or value in (math.inf, -math.inf):
-            raise BadInput(f"--{f.name} {value}: wanted a number " + (f"from {low} to {high}" if high is not None else f"of at least {low}"))
+        low, high = f.metadata["low"], f.metadata["high"]
+        if isinstance(values[f.name], list):
+            values[f.name] = tuple(values[f.name])
+        for number in values[f.name] if isinstance(values[f.name], tuple) else [values[f.name]]:
+            if isinstance(number, (int, float)) and not (
+                    math.isfinite(number) and (low is None or number >= low) and (high is None or number <= high)):
+                wanted = "a finite number" if low is None else f"a number of at least {low}" if high is None else f"a number from {low} to {high}"
+                raise BadInput(f"--{f.name} {number}: wanted {wanted}")
     return Config(**values)
 
 
@@ -114,26 +117,36 @@ def barrier(env):
 # The folder of a run.
 
 def open_run(cfg, env):
-    """Make --out ready -> the folder of the last checkpoint to continue from, or None. An earlier run is moved aside, not lost."""
+    """Make --out ready; an earlier run is moved aside, not lost. Called when all else is loaded, so that a mistake moves nothing."""
     config_file = os.path.join(cfg.out, "config.json")
-    if cfg.resume and os.path.exists(config_file):
-        with open(config_file) as f:
-            before = json.load(f)
-        free = {"resume", "save_every", "micro_batch_size", "grad_checkpoint", "rows_at_once", "show", "plot"}  # what does not change the result
-        for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
-            if name not in free and before.get(name, value) != value:
-                raise BadInput(f"--resume: {cfg.out} was started with --{name} {before[name]}, not {value}")
     barrier(env)
     if env.rank == 0:
-        if not cfg.resume and os.path.exists(config_file):
-            aside = next(f"{cfg.out}.old{i}" for i in range(1, 10**6) if not os.path.exists(f"{cfg.out}.old{i}"))
+        if not cfg.resume and any(os.path.exists(os.path.join(cfg.out, name)) for name in ("config.json", "state")):
+            out = os.path.normpath(cfg.out)  # without a slash at the end
+            aside = next(f"{out}.old{i}" for i in range(1, 10**6) if not os.path.exists(f"{out}.old{i}"))
             os.rename(cfg.out, aside)
             env.print(f"{cfg.out} held a run; it is now in {aside} (--resume would have continued it)")
         os.makedirs(os.path.join(cfg.out, "state"), exist_ok=True)
         write_json(config_file, dataclasses.asdict(cfg))
     barrier(env)
-    found = [name for name in os.listdir(os.path.join(cfg.out, "state")) if name.startswith("step_")]
-    return os.path.join(cfg.out, "state", max(found)) if found else None
+
+
+def last_checkpoint(cfg):
+    """The folder of the checkpoint that --resume continues from, or None. BadInput if the run was started with other options."""
+    config_file, state = os.path.join(cfg.out, "config.json"), os.path.join(cfg.out, "state")
+    if not cfg.resume or not os.path.exists(config_file):
+        return None
+    try:
+        with open(config_file) as f:
+            before = dict(json.load(f))
+    except ValueError as error:
+        raise BadInput(f"--resume: {config_file} is damaged: {error}") from None
+    free = {"resume", "out", "save_every", "micro_batch_size", "grad_checkpoint", "rows_at_once", "show", "plot"}  # no effect on the result
+    for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
+        if name not in free and before.get(name, value) != value:
+            raise BadInput(f"--resume: {cfg.out} was started with --{name} {before[name]}, not {value}")
+    found = [name for name in os.listdir(state) if name.startswith("step_")] if os.path.isdir(state) else []
+    return os.path.join(state, max(found)) if found else None
 
 
 def write_json(path, value):
@@ -148,17 +161,19 @@ class Log:
 
     def __init__(self, cfg, env, start, steps):
         self.path, self.on = os.path.join(cfg.out, "metrics.jsonl"), env.rank == 0
+        self.last = {}  # the last row of the run that is continued
         if not self.on:
             return
         kept = []
         if start and os.path.exists(self.path):
             with open(self.path) as f:
                 kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
+        self.last = json.loads(kept[-1]) if kept else self.last
         with open(self.path + ".tmp", "w") as f:
             f.writelines(kept)
         os.replace(self.path + ".tmp", self.path)
         self.file = open(self.path, "a")
-        self.bar = tqdm(total=steps, initial=start, desc=os.path.basename(cfg.out), dynamic_ncols=True, mininterval=0.5)
+        self.bar = tqdm(total=steps, initial=start, desc=os.path.basename(os.path.normpath(cfg.out)), dynamic_ncols=True, mininterval=0.5)
 
     def row(self, step, **numbers):
         if self.on:

@@ -53,7 +53,7 @@ class Config:
     problems: int = opt(200, "how many problems; 0: all of the files'", low=0)
     n: int = opt(16, "samples of each problem", low=1)
     beam: int = opt(4, "kept prefixes in beam search, subtrees in dvts", low=1)
-    expand: tuple = opt((2, 4, 8), "next steps sampled from each kept prefix")
+    expand: tuple = opt((2, 4, 8), "next steps sampled from each kept prefix", low=1)
     aggregate: str = opt("last", "what a response's score is made of", choices=("last", "min", "mean", "prod"))
     temperature: float = opt(1.0, "of sampling; 0: the likeliest token", low=0)
     max_new_tokens: int = opt(128, "longest response", low=1)
@@ -63,7 +63,7 @@ class Config:
     label_rollouts: int = opt(0, "label every step of the trajectories in --data from this many rollouts; search nothing", low=0)
     label_kind: str = opt("soft", "a label is the share of right rollouts (soft) or 1 if any is (hard)", choices=("soft", "hard"))
     dtype: str = opt("auto", "of the weights; auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
-    seed: int = opt(0, "of the sampling", low=0)
+    seed: int = opt(0, "of the sampling", low=0, high=2**32 - 1)
     resume: bool = opt(False, "keep the problems that --out has already done, do the others")
     show: bool = opt(False, "print one beam search step by step")
 
@@ -322,6 +322,7 @@ def answers_from_samples(record, n, how):
 def in_chunks(cfg, env, count, at_once, work):
     """Apply `work([index...]) -> [record...]` to problems 0..count-1, split over the processes -> all records by index. With --resume,
     records already in --out are kept."""
+    sft.open_run(cfg, env)
     folder = os.path.join(cfg.out, "state")
 
     def read():
@@ -368,7 +369,7 @@ def search(cfg, env, level):
     policy_name = cfg.model or sft.builtin_policy(level or "builtin", env)
     prms = [] if cfg.prm == ("none",) else list(cfg.prm) or [tdrm.builtin_reward_model(level or "builtin", env)]
     tokenizer = data.load_tokenizer(policy_name)
-    model = data.from_pretrained(AutoModelForCausalLM.from_pretrained, policy_name, dtype=dtype).to(env.device).eval()
+    model = data.load_model(AutoModelForCausalLM, policy_name, dtype=dtype).to(env.device).eval()
     models = {prm_name(name, prms): (tdrm.load_reward_model(name, dtype).to(env.device).eval(), data.load_tokenizer(name)) for name in prms}
     problems = data.make_problems(cfg.problems or 1000, "test", 0, level) if level else list(data.read_problems(cfg.data))
     problems = problems[:cfg.problems or None]
@@ -521,7 +522,7 @@ def label(cfg, env, level):
         raise BadInput("--label_rollouts: --data must be trajectory files")
     policy_name = cfg.model or sft.builtin_policy("builtin", env)
     tokenizer = data.load_tokenizer(policy_name)
-    model = data.from_pretrained(AutoModelForCausalLM.from_pretrained, policy_name, dtype=sft.torch_dtype(cfg, env)).to(env.device).eval()
+    model = data.load_model(AutoModelForCausalLM, policy_name, dtype=sft.torch_dtype(cfg, env)).to(env.device).eval()
     rows = list(data.read_trajectories(cfg.data))[:cfg.problems or None]
     limit = getattr(model.config, "max_position_embeddings", math.inf) - cfg.max_new_tokens
     for row in rows:
@@ -566,9 +567,9 @@ def label(cfg, env, level):
 
 
 def main(cfg, env):
-    level = cfg.data[0] if cfg.data[0] in data.LEVELS else None
     cfg = dataclasses.replace(cfg, out=cfg.out or os.path.join("runs", "labels" if cfg.label_rollouts else "search"))
-    sft.open_run(cfg, env)
+    level = data.builtin_level(cfg.data)
+    sft.last_checkpoint(cfg)  # for --resume: are the options those of the run to continue?
     return label(cfg, env, level) if cfg.label_rollouts else search(cfg, env, level)
 
 

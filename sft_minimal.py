@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
 from data import BadInput
-from plumbing import Env, Log, all_sum, barrier, catch_signals, launch, open_run, opt, parse, setup, write_json  # noqa: F401
+from plumbing import Env, Log, all_sum, barrier, catch_signals, last_checkpoint, launch, open_run, opt, parse, setup, write_json  # noqa: F401
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ class TrainConfig:
     grad_clip: float = opt(1.0, "largest gradient norm; 0: no clipping", low=0)
     dtype: str = opt("auto", "of weights and gradients; auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
     grad_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
-    seed: int = opt(0, "of the data and its order", low=0)
+    seed: int = opt(0, "of the data and its order", low=0, high=2**32 - 1)
     save_every: int = opt(200, "steps between checkpoints; 0: none before the end", low=0)
     eval_every: int = opt(200, "steps between evaluations; 0: only at the end", low=0)
     resume: bool = opt(False, "continue from the last checkpoint in --out; start from scratch if there is none")
@@ -186,7 +186,7 @@ def prepare(model, cfg, env):
     if env.world == 1:
         return model, model
     return model, DDP(model, device_ids=[env.device] if env.device.type == "cuda" else None,
-                      gradient_as_bucket_view=True, broadcast_buffers=False)
+                      gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
 def new_policy(tokenizer, seed):
@@ -262,8 +262,12 @@ def load_data(cfg, tokenizer):
         held_out = data.make_trajectories(data.make_problems(cfg.eval_problems, "test", 0, level), seed=1, level=level)
     else:
         rows, held_out = data.hold_out(list(data.read_trajectories(cfg.data)))
+        lacking = next((row for row in held_out if row["answer"] is None), None)
+        if lacking:
+            raise BadInput(f"{lacking['source']}: there is no 'answer' to check sampled responses against")
         rows = [row for row in rows if row["correct"] is not False]  # a wrong solution is nothing to imitate
     examples, dropped = data.encode_rows(rows, tokenizer, cfg.max_length, eos=True)
+    held_out = list({str(row["prompt"]): row for row in held_out}.values())  # one row a question: only its answer is used
     return examples, held_out[:cfg.eval_problems], dropped
 
 
@@ -298,11 +302,11 @@ def pass_at_1(model, tokenizer, rows, cfg, env, rows_at_once=256):
 def main(cfg, env):
     """Train a policy -> summary (also in summary.json). Other chapters call this to make the built-in policy."""
     # 1) The run's folder and its data. Every process reads all of the data and takes its share of each batch.
-    level = cfg.data[0] if cfg.data[0] in data.LEVELS else None
+    level = data.builtin_level(cfg.data)
     cfg = dataclasses.replace(cfg, out=cfg.out or default_policy(level or "builtin"))
     if not level and not cfg.model:
         raise BadInput("--data: your own solutions need --model, the policy to start from")
-    start_time, checkpoint = time.time(), open_run(cfg, env)
+    start_time, checkpoint = time.time(), last_checkpoint(cfg)
     tokenizer = data.load_tokenizer(checkpoint or cfg.model) if checkpoint or cfg.model else data.builtin_tokenizer()
     examples, held_out, dropped = load_data(cfg, tokenizer)
     steps = cfg.steps or max(1, len(examples) // cfg.batch_size)
@@ -311,15 +315,18 @@ def main(cfg, env):
     # 2) Model and optimizer, new or from the last checkpoint.
     if checkpoint or cfg.model:
         from transformers import AutoModelForCausalLM
-        model = data.from_pretrained(AutoModelForCausalLM.from_pretrained, checkpoint or cfg.model, dtype=torch_dtype(cfg, env))
+        model = data.load_model(AutoModelForCausalLM, checkpoint or cfg.model, dtype=torch_dtype(cfg, env))
     else:
         model = new_policy(tokenizer, cfg.seed).to(torch_dtype(cfg, env))
     model, wrapped = prepare(model, cfg, env)
+    data.check_ids(model, examples, cfg.model)
     optimizer = make_optimizer(model, cfg, env)
     start = load_checkpoint(checkpoint, env, optimizer) if checkpoint else 0
 
     # 3) The loop. Stopped by a signal, it saves what it has; all processes must agree to stop, so the flag is summed with the loss.
-    log, stopping, skipped = Log(cfg, env, start, steps), catch_signals(), 0
+    open_run(cfg, env)
+    log, stopping = Log(cfg, env, start, steps), catch_signals()
+    skipped = log.last.get("skipped", 0)
     order = data.batches([len(e["input_ids"]) for e in examples], cfg.batch_size, cfg.seed, start)
     for step in range(start, steps):
         batch = [examples[i] for i in next(order)]

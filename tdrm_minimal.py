@@ -136,7 +136,7 @@ def load_reward_model(name, dtype=torch.float32, seed=0):
     if not kind.endswith("ForTokenClassification"):
         config.token_classification_bias = False  # a bare `score.weight`, so that ours loads as a sequence classifier, too
     torch.manual_seed(seed)
-    return data.from_pretrained(AutoModelForTokenClassification.from_pretrained, name, config=config, dtype=dtype)
+    return data.load_model(AutoModelForTokenClassification, name, new=("score.", "classifier."), config=config, dtype=dtype)
 
 
 def step_values(model, input_ids, attention_mask, step_ends):
@@ -219,7 +219,7 @@ def load_data(cfg, tokenizer):
 
 def main(cfg, env):
     """Train a reward model -> summary (also in summary.json)."""
-    level = cfg.data[0] if cfg.data[0] in data.LEVELS else None
+    level = data.builtin_level(cfg.data)
     if cfg.score:
         return score_file(cfg, env)
     if not level and not cfg.model:
@@ -228,18 +228,21 @@ def main(cfg, env):
                               model=cfg.model or sft.builtin_policy(level, env))
 
     # 1) The run's folder, the data, the model.
-    start_time, checkpoint = time.time(), sft.open_run(cfg, env)
+    start_time, checkpoint = time.time(), sft.last_checkpoint(cfg)
     tokenizer = data.load_tokenizer(checkpoint or cfg.model)
     examples, held_out, labelled, dropped = load_data(cfg, tokenizer)
     steps = cfg.steps or max(1, len(examples) // cfg.batch_size)
     env.print(f"{cfg.method}: {len(examples)} trajectories ({dropped} too long), step labels: {'yes' if labelled else 'no (r = 0, gamma = 1)'}, "
               f"{steps} steps of {cfg.batch_size}, {env.world} processes on {env.device.type}")
     model, wrapped = sft.prepare(load_reward_model(checkpoint or cfg.model, sft.torch_dtype(cfg, env), cfg.seed), cfg, env)
+    data.check_ids(model, examples, cfg.model)
     optimizer = sft.make_optimizer(model, cfg, env)
     start = sft.load_checkpoint(checkpoint, env, optimizer) if checkpoint else 0
 
     # 2) The loop.
-    log, stopping, skipped = sft.Log(cfg, env, start, steps), sft.catch_signals(), 0
+    sft.open_run(cfg, env)
+    log, stopping = sft.Log(cfg, env, start, steps), sft.catch_signals()
+    skipped = log.last.get("skipped", 0)
     order = data.batches([len(e["input_ids"]) for e in examples], cfg.batch_size, cfg.seed, start)
     for step in range(start, steps):
         batch = [examples[i] for i in next(order)]
