@@ -1,17 +1,17 @@
 """The key/value cache of decoding, written out: rows that may be repeated, reordered, and dropped while others go on.
 
-A row is one response being written; a slot is one token's keys and values in all layers. What decoding needs, and what a library's cache
-makes hard, are three moves: repeat a prompt's row for its samples (`select`), take ended rows out of the batch without copying the others
-(`drop`), and go on from the kept prefixes of a tree search with all they have read (`select` again).
+A row is one response being written; a slot is one token's keys and values in all layers. Decoding needs three moves
+that a library's cache makes hard: repeat a prompt's row for its samples (`select`), take ended rows out of the batch
+without copying the others (`drop`), and go on from kept prefixes of a tree search with all they have read (`select`).
 """
 import torch
 
 
 class RowCache:
-    """Keys and values of R rows with room for C slots each, written in place. `rows` is the number of rows still in the batch: they
-    come first. Slots that belong to no token of a row (padding) are False in `mask`; `position` is each row's number of tokens.
+    """Keys and values of R rows with room for C slots each, written in place. The first `rows` of them are still in the
+    batch. Slots that belong to no token (padding) are False in `mask`; `position` is each row's number of tokens.
 
-    Rotary position is in the keys before they come here, so slots and rows may be moved about freely. Full attention only.
+    Rotary position is in the keys before they come here, so slots and rows may move about freely. Full attention only.
     """
     now = peak = 0  # bytes in all caches of the process
 
@@ -22,7 +22,8 @@ class RowCache:
         self.rows, self.used = rows, 0
 
     def _allocate(self, like):
-        tensor = like.new_empty(self.mask.shape[0], like.shape[1], self.mask.shape[1], like.shape[3])  # (R, heads, C, head size)
+        rows, slots = self.mask.shape
+        tensor = like.new_empty(rows, like.shape[1], slots, like.shape[3])  # (R, heads, C, head size)
         self.bytes += tensor.nbytes
         RowCache.now += tensor.nbytes
         RowCache.peak = max(RowCache.peak, RowCache.now)
@@ -42,25 +43,27 @@ class RowCache:
         return self.keys[layer][:self.rows, :, :end], self.values[layer][:self.rows, :, :end]
 
     def select(self, rows, room):
-        """A new cache whose row i is this one's row rows[i] (any may repeat or be left out), without the holes, with `room` free slots."""
+        """A new cache of the rows `rows` (any may repeat or be left out) in this order, no holes, `room` free slots."""
         rows = torch.as_tensor(rows, device=self.mask.device)
         mask = self.mask[rows, :self.used]
         length = int(mask.sum(1).max()) if len(rows) else 0
-        slots = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, self.used - length:]  # real slots last, in their order
+        slots = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, self.used - length:]  # real slots last, in order
         new = RowCache(len(rows), length + room, self.mask.device)
         new.mask[:, :length], new.position, new.used = mask.gather(1, slots), self.position[rows], length
         full = bool(mask.all())
         for mine, theirs in ((self.keys, new.keys), (self.values, new.values)):
             for tensor in mine:
                 theirs.append(new._allocate(tensor))
-                theirs[-1][:, :, :length] = tensor[rows, :, :self.used] if full else tensor[rows[:, None], :, slots].transpose(1, 2)
+                theirs[-1][:, :, :length] = (tensor[rows, :, :self.used] if full
+                                             else tensor[rows[:, None], :, slots].transpose(1, 2))
         return new
 
     def drop(self, done):
-        """Swap the rows where `done` (rows,) is True behind the others and out of the batch -> the new order of the old row numbers."""
+        """Swap the rows that are `done` (rows,) behind the others, out of the batch -> new order of old row numbers."""
         order = torch.arange(self.rows, device=done.device)
         self.rows = int((~done).sum())
-        a, b = done[:self.rows].nonzero()[:, 0], self.rows + (~done[self.rows:]).nonzero()[:, 0]  # as many ended in front as live behind
+        a = done[:self.rows].nonzero()[:, 0]  # ended, in front
+        b = self.rows + (~done[self.rows:]).nonzero()[:, 0]  # still live, behind: as many
         ab, ba = torch.cat([a, b]), torch.cat([b, a])
         order[ab] = ba
         if len(a):
@@ -84,10 +87,11 @@ def feed(model, cache, input_ids, mask, **options):
     cache.mask[:rows, cache.used:end] = mask
     slots = torch.arange(end, device=input_ids.device)
     causal = slots <= slots[cache.used:, None]  # (q, end)
-    attention = cache.mask[:rows, None, :end] & causal | (slots == slots[cache.used:, None])  # padding sees itself: no row is empty
+    itself = slots == slots[cache.used:, None]  # padding sees itself: no row is empty
+    attention = cache.mask[:rows, None, :end] & causal | itself
     positions = (cache.position[:rows, None] + mask.cumsum(1) - 1).clamp(min=0)
-    output = model(input_ids=input_ids, attention_mask=attention[:, None], position_ids=positions, past_key_values=cache, use_cache=True,
-                   **options)
+    output = model(input_ids=input_ids, attention_mask=attention[:, None], position_ids=positions,
+                   past_key_values=cache, use_cache=True, **options)
     cache.used = end
     cache.position[:rows] += mask.sum(1)
     return output
@@ -98,7 +102,8 @@ def pad(sequences, side, device, value=0):
     longest = max(map(len, sequences))
     fill = [[value] * (longest - len(s)) for s in sequences]
     ids = [f + list(s) if side == "left" else list(s) + f for s, f in zip(sequences, fill)]
-    real = [[False] * len(f) + [True] * len(s) if side == "left" else [True] * len(s) + [False] * len(f) for s, f in zip(sequences, fill)]
+    real = [[False] * len(f) + [True] * len(s) if side == "left" else [True] * len(s) + [False] * len(f)
+            for s, f in zip(sequences, fill)]
     return torch.tensor(ids, device=device), torch.tensor(real, device=device)
 
 

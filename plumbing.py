@@ -1,7 +1,7 @@
-"""Plumbing: options, processes, the folder of a run. Nothing here is about learning; read it when you want to know how a script starts.
+"""Plumbing: options, processes, the folder of a run. Nothing here is about learning; read it for how a script starts.
 
     Config    a frozen dataclass whose fields become the command line, one line an option: opt(default, help, range)
-    launch    parse, join the processes torchrun started, run main(cfg, env); what a user can mend ends as one line and exit status 1
+    launch    parse, join torchrun's processes, run main(cfg, env); what a user can mend is one line and exit status 1
     Env       this process among the others: rank, world, device; all_sum, barrier
     open_run  the run's folder: config.json, metrics.jsonl (Log), summary.json (write_json), state/
 """
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from formats import BadInput
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Options.
 
 def opt(default, help, low=None, high=None, choices=None):
@@ -42,7 +42,8 @@ def parse(Config, argv=None):
         kind = {"action": argparse.BooleanOptionalAction} if f.type in (bool, "bool") else {"type": type(f.default)}
         if isinstance(f.default, tuple):
             numbers = f.default and not isinstance(f.default[0], str)
-            kind = {"type": type(f.default[0]) if numbers else str, "nargs": 2 if numbers and isinstance(f.default[0], float) else "+"}
+            pair = numbers and isinstance(f.default[0], float)
+            kind = {"type": type(f.default[0]) if numbers else str, "nargs": 2 if pair else "+"}
         if f.metadata["choices"]:
             kind["choices"] = f.metadata["choices"]
         parser.add_argument("--" + f.name, default=f.default, help=f.metadata["help"], **kind)
@@ -54,13 +55,14 @@ def parse(Config, argv=None):
         for number in values[f.name] if isinstance(values[f.name], tuple) else [values[f.name]]:
             if isinstance(number, (int, float)) and not (
                     math.isfinite(number) and (low is None or number >= low) and (high is None or number <= high)):
-                wanted = "a finite number" if low is None else f"a number of at least {low}" if high is None else f"a number from {low} to {high}"
+                wanted = ("a finite number" if low is None else f"a number of at least {low}" if high is None
+                          else f"a number from {low} to {high}")
                 raise BadInput(f"--{f.name} {number}: wanted {wanted}")
     return Config(**values)
 
 
 def launch(main, Config):
-    """Parse the options, join the processes, run `main(cfg, env)`. What the user can mend is one line and exit status 1."""
+    """Parse the options, join the processes, run `main(cfg, env)`. What a user can mend: one line and exit status 1."""
     try:
         cfg = parse(Config)
         main(cfg, setup())
@@ -73,7 +75,7 @@ def launch(main, Config):
             dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Processes: who am I among how many, on which device.
 
 @dataclass(frozen=True)
@@ -113,11 +115,11 @@ def barrier(env):
         dist.barrier()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The folder of a run.
 
 def open_run(cfg, env):
-    """Make --out ready; an earlier run is moved aside, not lost. Called when all else is loaded, so that a mistake moves nothing."""
+    """Make --out ready; an earlier run is moved aside. Called when all else is loaded: a mistake moves nothing."""
     config_file = os.path.join(cfg.out, "config.json")
     barrier(env)
     if env.rank == 0:
@@ -132,7 +134,7 @@ def open_run(cfg, env):
 
 
 def last_checkpoint(cfg):
-    """The folder of the checkpoint that --resume continues from, or None. BadInput if the run was started with other options."""
+    """The checkpoint folder --resume continues from, or None. BadInput if the run was started with other options."""
     config_file, state = os.path.join(cfg.out, "config.json"), os.path.join(cfg.out, "state")
     if not cfg.resume or not os.path.exists(config_file):
         return None
@@ -141,7 +143,8 @@ def last_checkpoint(cfg):
             before = dict(json.load(f))
     except ValueError as error:
         raise BadInput(f"--resume: {config_file} is damaged: {error}") from None
-    free = {"resume", "out", "save_every", "micro_batch_size", "grad_checkpoint", "rows_at_once", "show", "plot"}  # no effect on the result
+    # Options without effect on the result.
+    free = {"resume", "out", "save_every", "micro_batch_size", "grad_checkpoint", "rows_at_once", "show", "plot"}
     for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
         if name not in free and before.get(name, value) != value:
             raise BadInput(f"--resume: {cfg.out} was started with --{name} {before[name]}, not {value}")
@@ -157,7 +160,7 @@ def write_json(path, value):
 
 
 class Log:
-    """metrics.jsonl and the progress bar, on process 0. A resumed run first drops the rows its checkpoint does not know."""
+    """metrics.jsonl and the progress bar, on process 0. Resuming first drops the rows the checkpoint does not know."""
 
     def __init__(self, cfg, env, start, steps):
         self.path, self.on = os.path.join(cfg.out, "metrics.jsonl"), env.rank == 0
@@ -173,11 +176,12 @@ class Log:
             f.writelines(kept)
         os.replace(self.path + ".tmp", self.path)
         self.file = open(self.path, "a")
-        self.bar = tqdm(total=steps, initial=start, desc=os.path.basename(os.path.normpath(cfg.out)), dynamic_ncols=True, mininterval=0.5)
+        name = os.path.basename(os.path.normpath(cfg.out))
+        self.bar = tqdm(total=steps, initial=start, desc=name, dynamic_ncols=True, mininterval=0.5)
 
     def row(self, step, **numbers):
         if self.on:
-            finite = {k: v if math.isfinite(v) else None for k, v in numbers.items() if v is not None}  # JSON has no NaN
+            finite = {k: v if math.isfinite(v) else None for k, v in numbers.items() if v is not None}  # no NaN in JSON
             self.file.write(json.dumps({"step": step, **finite}) + "\n")
             self.file.flush()
 
@@ -193,7 +197,7 @@ class Log:
 
 
 def catch_signals():
-    """SIGTERM and Ctrl-C -> a list that is no longer empty: the loop finishes its step, saves and ends. A second one ends it at once."""
+    """SIGTERM or Ctrl-C fills this list: the loop finishes its step, saves and ends. A second one ends it at once."""
     caught = []
 
     def handler(*_):

@@ -11,13 +11,14 @@ Or the tree is grown step by step: from each kept prefix sample `expand` next st
     dvts            k independent greedy searches, best result at the end (diverse verifier tree search)
 Finished responses stay candidates with their value. The search ends when all that is kept is finished.
 
-The time goes where the cache is (cache.py): one prefill per prompt, its keys and values repeated for its samples; rows that end are
-swapped to the back and leave the batch; a kept prefix keeps its rows in the policy's AND the reward model's cache, so no prefix token
-passes through either model twice. Duplicate candidates are scored once.
+The time goes where the cache is (cache.py): one prefill per prompt, its keys and values repeated for its samples; rows
+that end are swapped to the back and leave the batch; a kept prefix keeps its rows in the policy's AND the reward model's
+cache, so no prefix token passes through either model twice. Duplicate candidates are scored once.
 
-    python search_minimal.py                                          # built-in policy and reward model: a table in about a minute
+    python search_minimal.py                                      # built-in policy and reward model: a table in a minute
     python search_minimal.py --prm runs/tdrm/model runs/scalar_prm/model runs/scalar_orm/model --show
-    torchrun --nproc_per_node=8 search_minimal.py --model Qwen/Qwen2.5-Math-7B-Instruct --data math500.jsonl --n 64 --prm PRM
+    torchrun --nproc_per_node=8 search_minimal.py --model Qwen/Qwen2.5-Math-7B-Instruct --data math500.jsonl \\
+        --n 64 --prm PRM
     python search_minimal.py --label_rollouts 8 --data solutions.jsonl --out runs/labels     # step labels by rollouts
 
 Files in --out: samples.jsonl (trajectories, with values: training data for tdrm_minimal.py), summary.json (the table).
@@ -68,7 +69,7 @@ class Config:
     show: bool = opt(False, "print one beam search step by step")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sampling.
 
 @dataclass
@@ -82,8 +83,8 @@ class Sample:
 
 
 def uniforms(seed, key, depth, starts, length):
-    """The noise of sampling: (len(starts), length) numbers in [0, 1), a function of the seed and the problem alone, so that neither the
-    batch nor the number of processes changes a sample. `starts`: at which response token each row begins."""
+    """The noise of sampling: (len(starts), length) numbers in [0, 1), a function of the seed and the problem alone, so that
+    neither the batch nor the number of processes changes a sample. `starts`: at which response token each row begins."""
     return np.random.default_rng([seed, key, depth]).random((len(starts), length), dtype=np.float32)
 
 
@@ -105,9 +106,10 @@ class StepEnd:
 
 @torch.no_grad()
 def decode(model, cache, logits, noise, temperature, eos_id, step_end=None):
-    """Sample every row of the cache until eos, the end of a step (if `step_end` is given), or the end of its noise (rows, length).
+    """Sample every row of the cache until eos, the end of a step (with `step_end`), or the end of its noise (rows, length).
 
-    -> tokens, logprobs: a list for each row; place: row i's keys and values are in row place[i] of the cache (its last token's are not).
+    -> tokens, logprobs: a list for each row; place: row i's keys and values are in row place[i] of the cache, all but those
+    of its last token, which has not been read.
     """
     rows, length = noise.shape
     tokens = torch.zeros(rows, length, dtype=torch.long, device=logits.device)
@@ -140,11 +142,12 @@ def decode(model, cache, logits, noise, temperature, eos_id, step_end=None):
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, n, temperature=1.0, max_new_tokens=256, seed=0, keys=None, stop="eos", rows_at_once=2048):
+def sample(model, tokenizer, prompts, n, temperature=1.0, max_new_tokens=256, seed=0, keys=None, stop="eos",
+           rows_at_once=2048):
     """`n` responses to each prompt (a question, chat messages, or a list of token ids) -> a list of `n` Samples per prompt.
 
-    One prefill per prompt, its cache repeated n times. `stop="step"` also stops at the end of the first step. `keys` (ints) name the
-    prompts for the noise (default: their index). Raises BadInput for a prompt that does not fit the model with its response.
+    One prefill per prompt, its cache repeated n times. `stop="step"` also stops at the end of the first step. `keys` (ints)
+    name the prompts for the noise (default: their index). Raises BadInput for a prompt that does not fit the model.
     """
     model.eval()
     device, eos_id = next(model.parameters()).device, tokenizer.eos_token_id
@@ -170,7 +173,7 @@ def sample(model, tokenizer, prompts, n, temperature=1.0, max_new_tokens=256, se
     return results
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tree search: greedy, beam and dvts are one algorithm with other numbers.
 
 @dataclass
@@ -185,12 +188,12 @@ class Beam:
 
 
 @torch.no_grad()
-def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, subtrees=1, temperature=1.0, max_step_tokens=64, max_steps=40,
-                max_new_tokens=256, seed=0, keys=None, step_end=None, trace=None):
+def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, subtrees=1, temperature=1.0,
+                max_step_tokens=64, max_steps=40, max_new_tokens=256, seed=0, keys=None, step_end=None, trace=None):
     """Grow each prompt's response step by step -> (best Beam of each prompt, {"generated": tokens, "scored": tokens}).
 
-    Greedy search: keep 1; beam search: keep k; dvts: keep 1 in each of k `subtrees`. At the root keep * expand steps are sampled. All
-    prompts advance together, one depth at a time. A list `trace` receives (depth, group, candidates, kept) for showing.
+    Greedy search: keep 1; beam search: keep k; dvts: keep 1 in each of k `subtrees`. At the root keep * expand steps are
+    sampled. All prompts advance together, one depth at a time. A list `trace` receives (depth, group, candidates, kept).
     """
     device, eos_id = next(model.parameters()).device, tokenizer.eos_token_id
     step_end = step_end or StepEnd(tokenizer, device)
@@ -224,7 +227,8 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
         for i, (parent, new, text) in enumerate(zip(parents, tokens, texts)):
             name = (parent.group, tuple(parent.token_ids), tuple(new))
             if name not in candidates and text.strip():
-                candidates[name] = Beam(parent.group, parent.token_ids + new, parent.steps + [text.strip()], finished=new[-1] == eos_id, row=len(where))
+                candidates[name] = Beam(parent.group, parent.token_ids + new, parent.steps + [text.strip()],
+                                        finished=new[-1] == eos_id, row=len(where))
                 where.append(i)
         candidates = list(candidates.values())
         if not candidates:
@@ -234,7 +238,8 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
         prm_cache = prm_cache.select([parents[i].row for i in where], ids.shape[1])
         scores = feed(prm, prm_cache, ids, mask).logits[..., 0]  # (candidates, tokens)
         count["scored"] += int(mask.sum())
-        for beam, value in zip(candidates, scores.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0].float().sigmoid().tolist()):
+        values = scores.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0].float().sigmoid()  # at the last token of each step
+        for beam, value in zip(candidates, values.tolist()):
             beam.value = value
 
         # 3) Keep the best of each group; finished responses stay candidates.
@@ -252,7 +257,7 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
         if not live:
             break
 
-        # 4) The kept prefixes keep their rows in both caches. Their last token has been sampled but not yet been read: read it once.
+        # 4) The kept prefixes keep their rows in both caches. Their last token, sampled but not yet read, is read once.
         rows = [b.row for b in live]
         cache, prm_cache = cache.select(place[[where[r] for r in rows]], 1), prm_cache.select(rows, 0)
         last = torch.tensor([[b.token_ids[-1]] for b in live], device=device)
@@ -268,17 +273,18 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
 
 
 def step_noise(parents, groups, keys, seed, depth, length):
-    """(rows, length) noise for the rows of one depth, drawn for each problem by itself. Depth 0 begins where plain sampling does."""
+    """(rows, length) noise for the rows of one depth, drawn for each problem by itself."""
     rows = defaultdict(list)
     for i, parent in enumerate(parents):
         rows[groups[parent.group]].append(i)
     noise = np.zeros((len(parents), length), dtype=np.float32)
     for prompt, mine in rows.items():
-        noise[mine] = uniforms(seed, keys[prompt] if keys else prompt, depth, [len(parents[i].token_ids) for i in mine], length)
+        starts = [len(parents[i].token_ids) for i in mine]
+        noise[mine] = uniforms(seed, keys[prompt] if keys else prompt, depth, starts, length)
     return noise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Answering from one set of samples.
 
 def aggregate(values, how):
@@ -303,7 +309,7 @@ def vote(answers, weights):
 
 
 def answers_from_samples(record, n, how):
-    """Accuracies {method: 0..1} of one problem at n samples, from its record with N of them: the mean over the N // n groups of n."""
+    """Accuracies {method: 0..1} of one problem at n samples, from its record with N: the mean over the N // n groups of n."""
     keys, right, result = record["keys"], record["right"], defaultdict(list)
     right_keys = {k for k, r in zip(keys, right) if r}
     for start in range(0, len(keys) - n + 1, n):
@@ -316,12 +322,12 @@ def answers_from_samples(record, n, how):
     return {"oracle": pass_at_n(sum(right), len(right), n), **{method: float(np.mean(hits)) for method, hits in result.items()}}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run: problems in chunks, each chunk's results written at once, so that a stopped run loses one chunk at most.
 
 def in_chunks(cfg, env, count, at_once, work):
-    """Apply `work([index...]) -> [record...]` to problems 0..count-1, split over the processes -> all records by index. With --resume,
-    records already in --out are kept."""
+    """Apply `work([index...]) -> [record...]` to problems 0..count-1, split over the processes -> all records by index.
+    With --resume, records already in --out are kept."""
     sft.open_run(cfg, env)
     folder = os.path.join(cfg.out, "state")
 
@@ -339,7 +345,8 @@ def in_chunks(cfg, env, count, at_once, work):
     if os.path.exists(path):  # a line that was cut short must not swallow the next one
         with open(path, "rb+") as f:
             f.truncate(f.read().rfind(b"\n") + 1)
-    with open(path, "a") as f, tqdm(total=len(todo), desc=os.path.basename(cfg.out), disable=env.rank > 0, dynamic_ncols=True) as bar:
+    bar = tqdm(total=len(todo), desc=os.path.basename(os.path.normpath(cfg.out)), disable=env.rank > 0, dynamic_ncols=True)
+    with open(path, "a") as f, bar:
         for chunk in (todo[i:i + at_once] for i in range(0, len(todo), at_once)):
             f.write("".join(json.dumps(record) + "\n" for record in work(chunk)))
             f.flush()
@@ -370,7 +377,10 @@ def search(cfg, env, level):
     prms = [] if cfg.prm == ("none",) else list(cfg.prm) or [tdrm.builtin_reward_model(level or "builtin", env)]
     tokenizer = data.load_tokenizer(policy_name)
     model = data.load_model(AutoModelForCausalLM, policy_name, dtype=dtype).to(env.device).eval()
-    models = {prm_name(name, prms): (tdrm.load_reward_model(name, dtype).to(env.device).eval(), data.load_tokenizer(name)) for name in prms}
+    models = {}
+    for name in prms:
+        prm = tdrm.load_reward_model(name, dtype, new_head=False).to(env.device).eval()
+        models[prm_name(name, prms)] = prm, data.load_tokenizer(name)
     problems = data.make_problems(cfg.problems or 1000, "test", 0, level) if level else list(data.read_problems(cfg.data))
     problems = problems[:cfg.problems or None]
     limit = getattr(model.config, "max_position_embeddings", math.inf) - cfg.max_new_tokens
@@ -400,7 +410,8 @@ def search(cfg, env, level):
             return result
 
         RowCache.peak = RowCache.now
-        samples = timed("samples", sample, model, tokenizer, questions, cfg.n, keys=chunk, rows_at_once=cfg.rows_at_once, **sampling)
+        samples = timed("samples", sample, model, tokenizer, questions, cfg.n, keys=chunk, rows_at_once=cfg.rows_at_once,
+                        **sampling)
         longest = max(len(s[0].prompt_ids) for s in samples)
         caches["measured"] = max(caches["measured"], RowCache.peak)
         caches["estimated"] = max(caches["estimated"], cache_bytes(model.config, len(chunk), longest, dtype)
@@ -409,22 +420,25 @@ def search(cfg, env, level):
         for record, mine, one, gold in zip(records, samples, greedy, golds):
             found = [data.extract_answer(s.text) for s in mine]
             record |= {"texts": [s.text for s in mine], "right": [data.verify(s.text, gold) for s in mine],
-                       "keys": [None if a is None else repr(data.answer_key(a)) for a in found], "greedy": data.verify(one[0].text, gold),
-                       "truncated": sum(not s.finished for s in mine)}
+                       "keys": [None if a is None else repr(data.answer_key(a)) for a in found],
+                       "greedy": data.verify(one[0].text, gold), "truncated": sum(not s.finished for s in mine)}
             record["generated"] |= {"samples": sum(len(s.token_ids) for s in mine), "greedy": len(one[0].token_ids)}
         for name, (prm, prm_tokenizer) in models.items():
             def score_all():
                 for record, question in zip(records, questions):
-                    record["values"][name], record["scored"][name] = score_texts(prm, prm_tokenizer, question, record["texts"], env)
+                    scored = score_texts(prm, prm_tokenizer, question, record["texts"], env)
+                    record["values"][name], record["scored"][name] = scored
             timed(name, score_all)
             for title, keep, expand, subtrees in trees:
                 method = f"{title} {expand}, {name}"
-                best, count = timed(method, tree_search, model, tokenizer, prm, prm_tokenizer, questions, keep, expand, subtrees,
-                                    max_step_tokens=cfg.max_step_tokens, max_steps=cfg.max_steps, keys=chunk, step_end=step_end, **sampling)
+                best, count = timed(method, tree_search, model, tokenizer, prm, prm_tokenizer, questions, keep, expand,
+                                    subtrees, max_step_tokens=cfg.max_step_tokens, max_steps=cfg.max_steps, keys=chunk,
+                                    step_end=step_end, **sampling)
                 for record, beam, gold in zip(records, best, golds):
                     text = tokenizer.decode(beam.token_ids, skip_special_tokens=True)
                     record["tree"][method] = {"right": data.verify(text, gold), "value": beam.value}
-                    record["generated"][method], record["scored"][method] = (count[k] / len(chunk) for k in ("generated", "scored"))
+                    for kind in ("generated", "scored"):
+                        record[kind][method] = count[kind] / len(chunk)
         return records
 
     start = time.time()
@@ -434,11 +448,12 @@ def search(cfg, env, level):
     rows = table(cfg, records, list(models))
     if env.rank == 0:
         print_table(rows, len(records))
-        print(f"{len(fits) - len(problems)} problems left out; caches while sampling: peak {caches['measured'] / 2**20:.1f} MiB, "
-              f"from the config {caches['estimated'] / 2**20:.1f} MiB; {time.time() - start:.0f} s")
-        empty = write_samples(cfg, problems, records)
-        sft.write_json(os.path.join(cfg.out, "summary.json"), {"problems": len(records), "left_out": len(fits) - len(problems),
-                                                               "empty_responses": empty, "rows": rows})
+        left_out = len(fits) - len(problems)
+        print(f"{left_out} problems left out; caches while sampling: peak {caches['measured'] / 2**20:.1f} MiB, from the "
+              f"config {caches['estimated'] / 2**20:.1f} MiB; {time.time() - start:.0f} s")
+        summary = {"problems": len(records), "left_out": left_out,
+                   "empty_responses": write_samples(cfg, problems, records), "rows": rows}
+        sft.write_json(os.path.join(cfg.out, "summary.json"), summary)
         if cfg.show and models:
             name, (prm, prm_tokenizer) = next(iter(models.items()))
             show_search(cfg, problems[0]["question"], name, model, tokenizer, prm, prm_tokenizer, sampling)
@@ -458,13 +473,16 @@ def table(cfg, records, names):
 
     def add(method, n, hits, generated, scored, seconds):
         mean = lambda numbers: float(np.mean(numbers))  # noqa: E731
-        rows.append({"method": method, "n": n, "accuracy": mean(hits), "stderr": float(np.std(hits, ddof=1) / len(hits)**0.5) if len(hits) > 1 else 0.0,
-                     "generated": mean(generated), "scored": mean(scored), "seconds": mean(seconds)})
+        stderr = float(np.std(hits, ddof=1) / len(hits)**0.5) if len(hits) > 1 else 0.0
+        rows.append({"method": method, "n": n, "accuracy": mean(hits), "stderr": stderr, "generated": mean(generated),
+                     "scored": mean(scored), "seconds": mean(seconds)})
 
     part = lambda key, name, share=1.0: [r[key].get(name, 0) * share for r in records]  # noqa: E731
     nothing = [0] * len(records)
-    add("pass@1", 1, [np.mean(r["right"]) for r in records], part("generated", "samples", 1 / cfg.n), nothing, part("seconds", "samples", 1 / cfg.n))
-    add("greedy decoding", 1, [r["greedy"] for r in records], part("generated", "greedy"), nothing, part("seconds", "greedy"))
+    add("pass@1", 1, [np.mean(r["right"]) for r in records], part("generated", "samples", 1 / cfg.n), nothing,
+        part("seconds", "samples", 1 / cfg.n))
+    add("greedy decoding", 1, [r["greedy"] for r in records], part("generated", "greedy"), nothing,
+        part("seconds", "greedy"))
     ns = [2**k for k in range(1, int(math.log2(cfg.n)) + 1)]
     per_n = {n: [answers_from_samples(r, n, cfg.aggregate) for r in records] for n in ns}
     for method in per_n[ns[0]][0] if ns else ():
@@ -472,14 +490,17 @@ def table(cfg, records, names):
         for n in ns:
             share = n / cfg.n
             seconds = np.add(part("seconds", "samples", share), part("seconds", name, share))
-            add(method, n, [hits[method] for hits in per_n[n]], part("generated", "samples", share), part("scored", name, share), seconds)
+            add(method, n, [hits[method] for hits in per_n[n]], part("generated", "samples", share),
+                part("scored", name, share), seconds)
     for method in records[0]["tree"]:
-        add(method, 1, [r["tree"][method]["right"] for r in records], part("generated", method), part("scored", method), part("seconds", method))
+        add(method, 1, [r["tree"][method]["right"] for r in records], part("generated", method), part("scored", method),
+            part("seconds", method))
     return rows
 
 
 def print_table(rows, count):
-    print(f"\n{count} problems; tokens and seconds are per problem\n{'method':<34}{'n':>4}  {'accuracy':>14}{'generated':>11}{'scored':>9}{'seconds':>9}")
+    print(f"\n{count} problems; tokens and seconds are per problem")
+    print(f"{'method':<34}{'n':>4}  {'accuracy':>14}{'generated':>11}{'scored':>9}{'seconds':>9}")
     for r in rows:
         accuracy = f"{r['accuracy']:.3f} ± {r['stderr']:.3f}"
         print(f"{r['method']:<34}{r['n']:>4}  {accuracy:>14}{r['generated']:>11.1f}{r['scored']:>9.1f}{r['seconds']:>9.4f}")
@@ -495,8 +516,9 @@ def write_samples(cfg, problems, records):
                 steps = data.split_steps(text)
                 empty += not steps
                 if steps:
-                    f.write(json.dumps({"prompt": problem["question"], "completions": steps, "answer": problem["answer"], "correct": right,
-                                        "values": {name: values[j] for name, values in record["values"].items()}}) + "\n")
+                    row = {"prompt": problem["question"], "completions": steps, "answer": problem["answer"],
+                           "correct": right, "values": {name: values[j] for name, values in record["values"].items()}}
+                    f.write(json.dumps(row) + "\n")
     os.replace(path + ".tmp", path)
     return empty
 
@@ -504,19 +526,21 @@ def write_samples(cfg, problems, records):
 def show_search(cfg, question, name, model, tokenizer, prm, prm_tokenizer, sampling):
     """Print one beam search: the candidates of each depth with their values, the kept ones marked."""
     trace = []
-    tree_search(model, tokenizer, prm, prm_tokenizer, [question], cfg.beam, max(cfg.expand), max_step_tokens=cfg.max_step_tokens,
-                max_steps=cfg.max_steps, trace=trace, **sampling)
+    tree_search(model, tokenizer, prm, prm_tokenizer, [question], cfg.beam, max(cfg.expand),
+                max_step_tokens=cfg.max_step_tokens, max_steps=cfg.max_steps, trace=trace, **sampling)
     print(f"\nbeam search {cfg.beam} x {max(cfg.expand)} with {name}: {question}")
     for depth, _, candidates, kept in trace:
-        print(f"  depth {depth + 1}: {len(candidates)} distinct candidates, {sum(b.finished for b in kept)} of {len(kept)} kept are finished")
+        print(f"  depth {depth + 1}: {len(candidates)} distinct candidates; {sum(b.finished for b in kept)} of the "
+              f"{len(kept)} kept are finished")
         for beam in sorted(candidates, key=lambda b: -b.value):
             mark = "keep" if any(beam is b for b in kept) else ""
-            print(f"    {mark:<5}{'█' * round(10 * beam.value):<11}{beam.value:.2f}  {' | '.join(' '.join(s.split()) for s in beam.steps)[-80:]}")
+            text = " | ".join(" ".join(step.split()) for step in beam.steps)[-80:]
+            print(f"    {mark:<5}{'█' * round(10 * beam.value):<11}{beam.value:.2f}  {text}")
 
 
 def label(cfg, env, level):
-    """`--label_rollouts K`: the label of step t is estimated from K rollouts of the policy from the prefix that ends with step t; the last
-    step's is the outcome itself. Writes labelled.jsonl."""
+    """`--label_rollouts K`: the label of step t is estimated from K rollouts of the policy from the prefix that ends with
+    step t; the last step's is the outcome itself. Writes labelled.jsonl."""
     from transformers import AutoModelForCausalLM
     if level:
         raise BadInput("--label_rollouts: --data must be trajectory files")
@@ -557,12 +581,14 @@ def label(cfg, env, level):
                 row = rows[record["index"]]
                 failed += None in record["labels"]
                 if None not in record["labels"]:
-                    f.write(json.dumps({k: row[k] for k in ("prompt", "completions", "answer", "correct")} | {"labels": record["labels"]}) + "\n")
+                    kept = {key: row[key] for key in ("prompt", "completions", "answer", "correct")}
+                    f.write(json.dumps(kept | {"labels": record["labels"]}) + "\n")
         os.replace(path + ".tmp", path)
         summary = {"trajectories": len(records) - failed, "left_out": failed, "tokens": sum(r["tokens"] for r in records),
                    "mean_label": float(np.mean([x for r in records if None not in r["labels"] for x in r["labels"]] or [0]))}
         sft.write_json(os.path.join(cfg.out, "summary.json"), summary)
-        print(f"{summary['trajectories']} trajectories labelled ({failed} too long), {summary['tokens']} tokens of rollouts; in {path}")
+        print(f"{summary['trajectories']} trajectories labelled ({failed} too long), {summary['tokens']} tokens of rollouts; "
+              f"in {path}")
     sft.barrier(env)
 
 

@@ -5,20 +5,21 @@ A policy pi(y|x) learns to write the worked solutions it is shown: with response
     loss = - sum_{rows, t} log pi(y_t | x, y_<t) / (response tokens of the whole global batch)
 
 What this file is really about is the loop around that line, which later chapters import piece by piece:
-  - one process per device, started by torchrun (nccl on GPUs, gloo on CPUs); `python sft_minimal.py` is the one-process case;
-  - every loss is divided ONCE by the count over the whole global batch, so `--micro_batch_size` and the number of processes
-    change memory and speed, never the result;
+  - one process per device, started by torchrun (nccl on GPUs, gloo on CPUs); `python sft_minimal.py` is one process;
+  - every loss is divided ONCE by the count over the whole global batch, so `--micro_batch_size` and the number of
+    processes change memory and speed, never the result;
   - plain DDP; bf16 weights and gradients, with fp32 master weights and AdamW moments sharded over the processes;
   - a step whose gradient is not finite is skipped on all processes alike, and counted;
-  - checkpoints are written to a temporary folder and renamed; a resumed run continues bitwise, its batches being a pure function
-    of (seed, step). Clock times are shown on screen and kept out of metrics.jsonl, so two equal runs write equal files.
+  - checkpoints are written to a temporary folder and renamed; a resumed run continues bitwise, its batches being a pure
+    function of (seed, step). Clock times are on screen, not in metrics.jsonl, so two equal runs write equal files.
 
-With no options it trains the built-in policy (134k parameters) that the other chapters start from. Left out: packing, LoRA, FSDP.
+With no options it trains the built-in policy (134k parameters) that the other chapters start from.
+Left out: packing, LoRA, FSDP.
 
-    python sft_minimal.py                                                        # the built-in policy
-    python sft_minimal.py --data builtin-hard                                    # the one for long chains
+    python sft_minimal.py                                                    # the built-in policy
+    python sft_minimal.py --data builtin-hard                                # the one for long chains
     torchrun --nproc_per_node=8 sft_minimal.py --model Qwen/Qwen2.5-Math-7B --data solutions.jsonl \\
-        --lr 1e-5 --batch_size 128 --micro_batch_size 2 --grad_checkpoint        # rows: {"prompt", "completions", "answer"}
+        --lr 1e-5 --batch_size 128 --micro_batch_size 2 --grad_checkpoint    # rows: {"prompt", "completions", "answer"}
 
 Files in --out: config.json, metrics.jsonl, summary.json, model/ (a Hugging Face folder), state/ (for --resume).
 """
@@ -36,10 +37,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
 from data import BadInput
-from plumbing import Env, Log, all_sum, barrier, catch_signals, last_checkpoint, launch, open_run, opt, parse, setup, write_json  # noqa: F401
+from plumbing import Env, parse, setup  # noqa: F401  (for the other chapters)
+from plumbing import Log, all_sum, barrier, catch_signals, last_checkpoint, launch, open_run, opt, write_json
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Config: the options of every training script. The same words mean the same thing everywhere.
 
 @dataclass(frozen=True)
@@ -49,13 +51,13 @@ class TrainConfig:
     out: str = opt("", "folder of the run; empty: runs/NAME")
     steps: int = opt(0, "optimizer steps; 0: one pass over the data", low=0)
     batch_size: int = opt(64, "rows in a global batch, over all processes", low=1)
-    micro_batch_size: int = opt(0, "rows in one forward of one process; 0: all its rows (memory only, same result)", low=0)
+    micro_batch_size: int = opt(0, "rows of a process in one forward; 0: all of them (memory only, same result)", low=0)
     max_length: int = opt(2048, "longest prompt + response in tokens; longer rows are dropped and counted", low=2)
     lr: float = opt(1e-3, "peak learning rate", low=0)
     warmup: float = opt(0.03, "share of the steps in which the learning rate rises", low=0, high=1)
     weight_decay: float = opt(1e-3, "AdamW weight decay (not on biases and norms)", low=0)
     grad_clip: float = opt(1.0, "largest gradient norm; 0: no clipping", low=0)
-    dtype: str = opt("auto", "of weights and gradients; auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
+    dtype: str = opt("auto", "weights, gradients; auto: bfloat16 on GPUs only", choices=("auto", "float32", "bfloat16"))
     grad_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
     seed: int = opt(0, "of the data and its order", low=0, high=2**32 - 1)
     save_every: int = opt(200, "steps between checkpoints; 0: none before the end", low=0)
@@ -70,7 +72,7 @@ class Config(TrainConfig):
     eval_problems: int = opt(500, "held-out questions in the evaluation", low=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The maths of a step: loss, schedule, gradients, optimizer.
 
 def token_logprobs(logits, input_ids):
@@ -92,10 +94,10 @@ def local_rows(batch, env):
 
 
 def accumulate_gradients(model, examples, micro_batch_size, loss_fn, env):
-    """Add the gradients of `loss_fn(micro-batch)` over this process's examples; DDP sums them over the processes, once, at the end.
+    """Add this process's gradients of `loss_fn(micro-batch)`; DDP sums them over the processes, once, at the end.
 
-    `loss_fn` returns a micro-batch's share of the global loss, already divided by the GLOBAL count: sums are all that is left to do.
-    Returns this process's share of the loss, a float.
+    `loss_fn` returns a micro-batch's share of the global loss, already divided by the GLOBAL count: sums are all that
+    is left to do. Returns this process's share of the loss, a float.
     """
     total, size = 0.0, micro_batch_size or len(examples)
     for start in range(0, len(examples), size):
@@ -108,8 +110,8 @@ def accumulate_gradients(model, examples, micro_batch_size, loss_fn, env):
 
 
 def optimizer_step(model, optimizer, lr, grad_clip):
-    """Clip, step, clear -> gradient norm before clipping. Where it is not finite nothing is changed, on every process alike, since
-    DDP has already summed the gradients."""
+    """Clip, step, clear -> gradient norm before clipping. Where it is not finite nothing is changed, on every process
+    alike, since DDP has already summed the gradients."""
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     if math.isfinite(grad_norm):
         for group in optimizer.param_groups:
@@ -120,14 +122,15 @@ def optimizer_step(model, optimizer, lr, grad_clip):
 
 
 class MasterAdamW(torch.optim.Optimizer):
-    """AdamW on fp32 copies of the weights. A bf16 weight near 1 cannot move by less than 0.004; at a learning rate of 1e-6 it would
-    never move at all. fp32 weights are their own masters."""
+    """AdamW on fp32 copies of the weights. A bf16 weight near 1 cannot move by less than 0.004; at a learning rate of
+    1e-6 it would never move at all. fp32 weights are their own masters."""
 
     def __init__(self, params, **options):
         super().__init__(params, options)
         groups = [{**group, "params": [p if p.dtype == torch.float32 else p.detach().float() for p in group["params"]]}
                   for group in self.param_groups]
-        self.copies = [(p, m) for group, g in zip(self.param_groups, groups) for p, m in zip(group["params"], g["params"]) if p is not m]
+        self.copies = [(p, m) for group, g in zip(self.param_groups, groups)
+                       for p, m in zip(group["params"], g["params"]) if p is not m]
         self.adamw = torch.optim.AdamW(groups, fused=True)
 
     @torch.no_grad()
@@ -152,8 +155,8 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(model, cfg, env):
-    """AdamW for `model`, its states and masters sharded over the processes: 12 / world bytes a parameter beside the 4 of bf16
-    weights and gradients."""
+    """AdamW for `model`, its states and masters sharded over the processes: 12 / world bytes a parameter beside the 4
+    of bf16 weights and gradients."""
     decay = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     rest = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -164,7 +167,7 @@ def make_optimizer(model, cfg, env):
     return ZeroRedundancyOptimizer(groups, MasterAdamW, parameters_as_bucket_view=True, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models: loading, wrapping, saving.
 
 def torch_dtype(cfg, env):
@@ -173,7 +176,7 @@ def torch_dtype(cfg, env):
 
 
 def prepare(model, cfg, env):
-    """Move the model to its device, check what it can take, switch checkpointing on, wrap in DDP -> (module, wrapped)."""
+    """Move the model to its device, check what it can take, switch checkpointing on, wrap in DDP -> module, wrapped."""
     if cfg.batch_size < env.world:
         raise BadInput(f"--batch_size {cfg.batch_size}: fewer rows than the {env.world} processes")
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -190,7 +193,7 @@ def prepare(model, cfg, env):
 
 
 def new_policy(tokenizer, seed):
-    """The built-in policy, untrained: a Qwen2 of hidden size 64. The wide init (0.1, not 0.02) lets so small a model learn early."""
+    """The built-in policy, untrained: a small Qwen2. The wide init (0.1, not 0.02) lets one so small learn early."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(Qwen2Config(
@@ -208,12 +211,12 @@ def save_model(folder, model, tokenizer):
     os.rename(folder + ".tmp", folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints.
 
 def save_checkpoint(cfg, env, step, model, tokenizer, optimizer):
-    """All of a run's state after `step` steps, as state/step_N. It appears by one rename when every process has written its part,
-    so a run killed at any moment finds either this checkpoint or the one before."""
+    """All of a run's state after `step` steps, as state/step_N. It appears by one rename when every process has written
+    its part, so a run killed at any moment finds either this checkpoint or the one before."""
     folder = os.path.join(cfg.out, "state", f"step_{step:08d}")
     if os.path.exists(folder):
         return
@@ -223,8 +226,9 @@ def save_checkpoint(cfg, env, step, model, tokenizer, optimizer):
         os.makedirs(tmp)
     barrier(env)
     local = optimizer.optim if env.world > 1 else optimizer  # sharded: each process writes its own part
-    torch.save({"step": step, "world": env.world, "optimizer": local.state_dict(), "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if env.device.type == "cuda" else None}, os.path.join(tmp, f"rank{env.rank}.pt"))
+    state = {"step": step, "world": env.world, "optimizer": local.state_dict(), "rng": torch.get_rng_state(),
+             "cuda_rng": torch.cuda.get_rng_state() if env.device.type == "cuda" else None}
+    torch.save(state, os.path.join(tmp, f"rank{env.rank}.pt"))
     if env.rank == 0:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
@@ -241,7 +245,8 @@ def load_checkpoint(folder, env, optimizer):
     path = os.path.join(folder, f"rank{env.rank}.pt")
     written_by = sum(name.endswith(".pt") for name in os.listdir(folder))
     if written_by != env.world:
-        raise BadInput(f"--resume: {folder} was written by {written_by} processes and this run has {env.world}; start as many")
+        raise BadInput(f"--resume: {folder} was written by {written_by} processes and this run has {env.world}; "
+                       "start as many")
     state = torch.load(path, map_location="cpu", weights_only=True)
     (optimizer.optim if env.world > 1 else optimizer).load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
@@ -250,7 +255,7 @@ def load_checkpoint(folder, env, optimizer):
     return state["step"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # This chapter's own part: solutions to learn from, and how good the policy is.
 
 def load_data(cfg, tokenizer):
@@ -258,7 +263,8 @@ def load_data(cfg, tokenizer):
     level = cfg.data[0]
     if level in data.LEVELS:
         n = {"builtin": 600, "builtin-hard": 1200}[level] * 64  # so that one pass is as long as the policy needs
-        rows = data.make_trajectories(data.make_problems(n // 4, "train", cfg.seed, level), 4, seed=cfg.seed, level=level)
+        problems = data.make_problems(n // 4, "train", cfg.seed, level)
+        rows = data.make_trajectories(problems, 4, seed=cfg.seed, level=level)
         held_out = data.make_trajectories(data.make_problems(cfg.eval_problems, "test", 0, level), seed=1, level=level)
     else:
         rows, held_out = data.hold_out(list(data.read_trajectories(cfg.data)))
@@ -267,7 +273,7 @@ def load_data(cfg, tokenizer):
             raise BadInput(f"{lacking['source']}: there is no 'answer' to check sampled responses against")
         rows = [row for row in rows if row["correct"] is not False]  # a wrong solution is nothing to imitate
     examples, dropped = data.encode_rows(rows, tokenizer, cfg.max_length, eos=True)
-    held_out = list({str(row["prompt"]): row for row in held_out}.values())  # one row a question: only its answer is used
+    held_out = list({str(row["prompt"]): row for row in held_out}.values())  # one a question: only its answer is used
     return examples, held_out[:cfg.eval_problems], dropped
 
 
@@ -279,7 +285,7 @@ def policy_loss(model, batch, tokens):
 
 @torch.no_grad()
 def pass_at_1(model, tokenizer, rows, cfg, env, rows_at_once=256):
-    """Share of questions answered right by one sampled response (temperature 1). The questions are split over the processes.
+    """Share of questions answered right by one sample (temperature 1). The questions are split over the processes.
 
     Plain `generate` of the library; how sampling works is the subject of search_minimal.py."""
     mine, right = rows[env.rank::env.world], 0
@@ -310,7 +316,8 @@ def main(cfg, env):
     tokenizer = data.load_tokenizer(checkpoint or cfg.model) if checkpoint or cfg.model else data.builtin_tokenizer()
     examples, held_out, dropped = load_data(cfg, tokenizer)
     steps = cfg.steps or max(1, len(examples) // cfg.batch_size)
-    env.print(f"{len(examples)} solutions ({dropped} too long), {steps} steps of {cfg.batch_size}, {env.world} processes on {env.device.type}")
+    env.print(f"{len(examples)} solutions ({dropped} too long), {steps} steps of {cfg.batch_size}, "
+              f"{env.world} processes on {env.device.type}")
 
     # 2) Model and optimizer, new or from the last checkpoint.
     if checkpoint or cfg.model:
@@ -323,14 +330,14 @@ def main(cfg, env):
     optimizer = make_optimizer(model, cfg, env)
     start = load_checkpoint(checkpoint, env, optimizer) if checkpoint else 0
 
-    # 3) The loop. Stopped by a signal, it saves what it has; all processes must agree to stop, so the flag is summed with the loss.
+    # 3) The loop. Stopped by a signal, it saves what it has; all must agree to stop: the flag is summed with the loss.
     open_run(cfg, env)
     log, stopping = Log(cfg, env, start, steps), catch_signals()
     skipped = log.last.get("skipped", 0)
     order = data.batches([len(e["input_ids"]) for e in examples], cfg.batch_size, cfg.seed, start)
     for step in range(start, steps):
         batch = [examples[i] for i in next(order)]
-        tokens = sum(len(e["input_ids"]) - e["prompt_length"] for e in batch)  # of the whole global batch, on every process
+        tokens = sum(len(e["input_ids"]) - e["prompt_length"] for e in batch)  # of the global batch, on every process
 
         def loss_fn(micro):
             tensors = {k: v.to(env.device) for k, v in data.collate(micro, tokenizer.pad_token_id).items()}
@@ -356,14 +363,14 @@ def main(cfg, env):
     log.close()
 
     # 4) What came of it.
-    summary = {"pass@1": pass_at_1(model, tokenizer, held_out, cfg, env), "questions": len(held_out), "steps": steps, "skipped": skipped,
-               "parameters": sum(p.numel() for p in model.parameters())}
+    summary = {"pass@1": pass_at_1(model, tokenizer, held_out, cfg, env), "questions": len(held_out), "steps": steps,
+               "skipped": skipped, "parameters": sum(p.numel() for p in model.parameters())}
     if env.rank == 0:
         save_model(os.path.join(cfg.out, "model"), model, tokenizer)
         write_json(os.path.join(cfg.out, "summary.json"), summary)
     barrier(env)
-    env.print(f"pass@1 {summary['pass@1']:.3f} on {len(held_out)} held-out questions; {time.time() - start_time:.0f} s; "
-              f"the policy is in {os.path.join(cfg.out, 'model')}")
+    env.print(f"pass@1 {summary['pass@1']:.3f} on {len(held_out)} held-out questions; "
+              f"{time.time() - start_time:.0f} s; the policy is in {os.path.join(cfg.out, 'model')}")
     return summary
 
 

@@ -1,7 +1,7 @@
 """TDRM: a process reward model trained on temporal-difference targets (arXiv 2509.15110), with its two baselines.
 
-A response is cut into steps; the state s_t is the question and steps 1..t, and V(s_t) in [0, 1] should say how promising it is.
-A ScalarPRM fits each step's own label, so its values jump; an n-step TD target lets each value look at the next ones:
+A response is cut into steps; the state s_t is the question and steps 1..t; V(s_t) in [0, 1] should say how promising
+it is. A ScalarPRM fits each step's own label, so its values jump; an n-step TD target lets each value look ahead:
 
     V_t = sigmoid(logit at the last token of step t)                                       step_values
     r_t = a cosine in t/T from a to b, (a, b) = `correct` where step t is labelled right,  shaped_rewards
@@ -10,17 +10,18 @@ A ScalarPRM fits each step's own label, so its values jump; an n-step TD target 
     y_T = c, the outcome: is the final answer right?
     loss = mean over all states of the global batch of BCE(V_t, y_t), no gradient through y
 
-Under causal attention the hidden state at the end of step t does not depend on what follows. So ONE forward over the trajectory
-gives all values, all targets and all gradients, where the published code runs two forwards over whole prefixes per transition.
-The condition: nothing is appended after a prefix, so no end-of-turn token closes an unfinished response (data.py).
+Under causal attention the hidden state at the end of step t does not depend on what follows. So ONE forward over the
+trajectory gives all values, targets and gradients, where the published code runs two over whole prefixes per
+transition. Condition: nothing follows a prefix, so no end-of-turn token closes an unfinished response (data.py).
 
-Without step labels r = 0 and gamma = 1: V then estimates P(correct | state) from outcomes alone. `--method scalar_prm` (BCE on
-the step labels) and `--method scalar_orm` (BCE on the outcome, last step only) are the baselines. Left out: nothing of the method.
+Without step labels r = 0 and gamma = 1: V then estimates P(correct | state) from outcomes alone. `--method scalar_prm`
+(BCE on the step labels) and `--method scalar_orm` (BCE on the outcome, last step only) are the baselines.
+Left out: nothing of the method.
 
     python tdrm_minimal.py                          # built-in task: a table and three solutions, in about two minutes
-    torchrun --nproc_per_node=8 tdrm_minimal.py --model Qwen/Qwen2.5-Math-7B --data math_shepherd.jsonl --eval processbench.jsonl \\
-        --lr 1e-6 --batch_size 256 --micro_batch_size 4 --grad_checkpoint
-    python tdrm_minimal.py --score solutions.jsonl --model runs/tdrm/model        # the value of every step, one JSON line a row
+    torchrun --nproc_per_node=8 tdrm_minimal.py --model Qwen/Qwen2.5-Math-7B --data math_shepherd.jsonl \\
+        --eval processbench.jsonl --lr 1e-6 --batch_size 256 --micro_batch_size 4 --grad_checkpoint
+    python tdrm_minimal.py --score solutions.jsonl --model runs/tdrm/model  # every step's value, one JSON line a row
 """
 import contextlib
 import dataclasses
@@ -46,7 +47,7 @@ from sft_minimal import opt
 @dataclass(frozen=True)
 class Config(sft.TrainConfig):
     method: str = opt("tdrm", "what the values are trained on", choices=("tdrm", "scalar_prm", "scalar_orm"))
-    gamma: float = opt(0.8, "discount of later rewards and values; taken as 1 where there are no step labels", low=0, high=1)
+    gamma: float = opt(0.8, "discount of later rewards and values; taken as 1 without step labels", low=0, high=1)
     n_step: int = opt(3, "steps of reward before the target bootstraps from a value (the paper: 1, 2, 3)", low=1)
     lam: float = opt(-1.0, "TD(lambda) in place of n steps, 0 to 1; negative: n steps", low=-1, high=1)
     correct: tuple = opt((0.5, 0.2), "shaped reward of a right step at the beginning and at the end of a response")
@@ -56,19 +57,19 @@ class Config(sft.TrainConfig):
     eval: tuple = opt((), "trajectory files to evaluate on; empty: questions held out of --data")
     problems: int = opt(16_000, "built-in task: training questions, four solutions each", low=1)
     label_rollouts: int = opt(4, "built-in task: rollouts a step label is estimated from; 0: no step labels", low=0)
-    label_kind: str = opt("hard", "built-in task: a label is 1 if any rollout is right (hard), or their share (soft)", choices=("hard", "soft"))
+    label_kind: str = opt("hard", "built-in task: any rollout right (hard), or share (soft)", choices=("hard", "soft"))
     score: str = opt("", "trajectory file: print its step values under --model, train nothing")
     plot: bool = opt(False, "draw the loss and the three solutions' values to plot.png (needs matplotlib)")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The maths. (B, S) = trajectories by steps; mask is True on real steps, which come first in a row.
 
 def shaped_rewards(labels, mask, correct=(0.5, 0.2), wrong=(-0.5, -1.0)):
     """Step labels (B, S) in [0, 1] -> rewards (B, S), 0 outside the mask.
 
-    CosFn(t, T, a, b) = b + (a - b)/2 * (1 + cos(pi t / T)), t = 1..T (arXiv 2502.03373): from a at the beginning to b at the end.
-    A soft label mixes the two cosines.
+    CosFn(t, T, a, b) = b + (a - b)/2 * (1 + cos(pi t / T)), t = 1..T (arXiv 2502.03373): from a at the beginning to b
+    at the end. A soft label mixes the two cosines.
     """
     mask = mask.bool()
     T = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
@@ -81,9 +82,10 @@ def shaped_rewards(labels, mask, correct=(0.5, 0.2), wrong=(-0.5, -1.0)):
 def td_targets(values, rewards, outcomes, mask, gamma=0.8, n_step=1, lam=None):
     """Targets (B, S) in [0, 1], detached, 0 outside the mask.
 
-    values (B, S) are probabilities, rewards (B, S), outcomes (B,). The one-step backup replaces each value by r_t + gamma V_t+1 and
-    the last by the outcome; n backups make the n-step target. So a window that would run past the end stops at T and bootstraps from
-    the outcome, one that ends exactly at T from V_T. With `lam`: G_t = r_t + gamma ((1 - lam) V_t+1 + lam G_t+1), G_T = c.
+    values (B, S) are probabilities, rewards (B, S), outcomes (B,). The one-step backup replaces each value by
+    r_t + gamma V_t+1 and the last by the outcome; n backups make the n-step target. So a window that would run past the
+    end stops at T and bootstraps from the outcome, one that ends exactly at T from V_T.
+    With `lam`: G_t = r_t + gamma ((1 - lam) V_t+1 + lam G_t+1), G_T = c.
     """
     values, mask = values.detach(), mask.bool()
     end = mask & ~F.pad(mask, (0, 1))[:, 1:]  # (B, S), True on each row's last step
@@ -107,8 +109,8 @@ def smoothness(values, rewards, mask, gamma):
     """How smoothly values (B, S) move along trajectories, as a dict of floats:
 
     abs_delta_v: mean |V_t+1 - V_t|; td_error_mean, td_error_std: of |r_t + gamma V_t+1 - V_t|, t < T;
-    lipschitz: mean over trajectories of the largest |V_t+1 - V_t|, the least L with |V_s - V_t| <= L |s - t|. (The paper divides by a
-    distance between states that it does not define; ours is the number of steps.)
+    lipschitz: mean over trajectories of the largest |V_t+1 - V_t|, the least L with |V_s - V_t| <= L |s - t|. (The
+    paper divides by a distance between states that it does not define; ours is the number of steps.)
     """
     pairs = mask.bool()[:, 1:] & mask.bool()[:, :-1]  # (B, S-1)
     jump = (values[:, 1:] - values[:, :-1]).abs()
@@ -119,28 +121,31 @@ def smoothness(values, rewards, mask, gamma):
             "td_error_std": error.std(correction=0).item() if error.numel() else 0.0, "lipschitz": mean(largest)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model: a backbone with one number per token, read at the end of each step.
 
-def load_reward_model(name, dtype=torch.float32, seed=0):
-    """A policy (new head), a TDRM, or a published sequence-classification PRM (the same `score.weight`) as a token classifier.
+def load_reward_model(name, dtype=torch.float32, seed=0, new_head=True):
+    """A policy, a TDRM, or a published sequence-classifier PRM (same `score.weight`) as a token classifier.
 
-    Raises BadInput if there is no such model or its head is not a single number.
+    A policy gets a new head, or is refused where `new_head` is False. Raises BadInput if there is no such model or its
+    head is not a single number.
     """
     from transformers import AutoConfig, AutoModelForTokenClassification
     config = data.from_pretrained(AutoConfig.from_pretrained, name)
     kind = (config.architectures or [""])[0]
-    if "Classification" in kind and config.num_labels != 1:
-        raise BadInput(f"--model {name}: a {kind} with {config.num_labels} labels; wanted: one label, read as the logit of the value")
-    config.num_labels, config.classifier_dropout = 1, 0.0  # the library's default of 0.1 would turn values and targets to noise
+    if "Reward" in kind or ("Classification" in kind and config.num_labels != 1):
+        raise BadInput(f"--model {name}: a {kind} with {config.num_labels} labels; wanted: a token or sequence "
+                       "classifier with one label, read as the logit of the value")
+    config.num_labels, config.classifier_dropout = 1, 0.0  # the library's 0.1 would turn values and targets to noise
     if not kind.endswith("ForTokenClassification"):
-        config.token_classification_bias = False  # a bare `score.weight`, so that ours loads as a sequence classifier, too
+        config.token_classification_bias = False  # a bare `score.weight`, so ours loads as a sequence classifier, too
     torch.manual_seed(seed)
-    return data.load_model(AutoModelForTokenClassification, name, new=("score.", "classifier."), config=config, dtype=dtype)
+    new = ("score.", "classifier.") if new_head else ()
+    return data.load_model(AutoModelForTokenClassification, name, new, config=config, dtype=dtype)
 
 
 def step_values(model, input_ids, attention_mask, step_ends):
-    """Logits (B, S) of the values of all steps in one forward: read at `step_ends` (B, S), the index of each step's last token.
+    """Logits (B, S) of all values in one forward, read at `step_ends` (B, S), the index of each step's last token.
 
     Rows are padded on the right. There causal attention needs no mask, and without one the fused causal kernel runs; so
     `attention_mask` (B, T) is only looked at to refuse padding on the left (ValueError). None is fine.
@@ -173,7 +178,7 @@ def rewards_and_gamma(cfg, batch, labelled):
 
 @torch.no_grad()
 def score_rows(model, examples, pad_id, env, rows_at_once=64):
-    """The step values of encoded trajectories: a list of S probabilities each. Split over the processes, known to all of them."""
+    """Step values of encoded trajectories: a list of S probabilities each. Split over the processes, known to all."""
     model.eval()
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))[env.rank::env.world]
     values = {}
@@ -190,12 +195,12 @@ def score_rows(model, examples, pad_id, env, rows_at_once=64):
     return [values[i] for i in range(len(examples))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training.
 
 def load_data(cfg, tokenizer):
-    """-> training and held-out examples, whether they have step labels, how many were too long. BadInput if the method lacks
-    what it learns from."""
+    """-> training and held-out examples, whether they have step labels, how many were too long. BadInput if the method
+    lacks what it learns from."""
     level = cfg.data[0]
     if level in data.LEVELS:
         problems = data.make_problems(cfg.problems, "train", cfg.seed, level)
@@ -213,7 +218,8 @@ def load_data(cfg, tokenizer):
     lacking = next((e for e in train if e[needed] is None), None)
     if lacking:
         what = "step labels ('labels')" if needed == "labels" else "an outcome ('correct', 'answer' or 'labels')"
-        raise BadInput(f"{lacking.get('source', '--label_rollouts 0')}: --method {cfg.method} learns from {what}, and there is none")
+        raise BadInput(f"{lacking.get('source', '--label_rollouts 0')}: --method {cfg.method} learns from {what}, "
+                       "and there is none")
     return train, held_out, all(e["labels"] is not None for e in train), dropped + dropped_too
 
 
@@ -224,17 +230,19 @@ def main(cfg, env):
         return score_file(cfg, env)
     if not level and not cfg.model:
         raise BadInput("--data: your own trajectories need --model, the policy to start from")
-    cfg = dataclasses.replace(cfg, out=cfg.out or os.path.join("runs", cfg.method + (level or "").removeprefix("builtin")),
-                              model=cfg.model or sft.builtin_policy(level, env))
+    out = cfg.out or os.path.join("runs", cfg.method + (level or "").removeprefix("builtin"))
+    cfg = dataclasses.replace(cfg, out=out, model=cfg.model or sft.builtin_policy(level, env))
 
     # 1) The run's folder, the data, the model.
     start_time, checkpoint = time.time(), sft.last_checkpoint(cfg)
     tokenizer = data.load_tokenizer(checkpoint or cfg.model)
     examples, held_out, labelled, dropped = load_data(cfg, tokenizer)
     steps = cfg.steps or max(1, len(examples) // cfg.batch_size)
-    env.print(f"{cfg.method}: {len(examples)} trajectories ({dropped} too long), step labels: {'yes' if labelled else 'no (r = 0, gamma = 1)'}, "
-              f"{steps} steps of {cfg.batch_size}, {env.world} processes on {env.device.type}")
-    model, wrapped = sft.prepare(load_reward_model(checkpoint or cfg.model, sft.torch_dtype(cfg, env), cfg.seed), cfg, env)
+    env.print(f"{cfg.method}: {len(examples)} trajectories ({dropped} too long), "
+              f"step labels: {'yes' if labelled else 'no (r = 0, gamma = 1)'}, {steps} steps of {cfg.batch_size}, "
+              f"{env.world} processes on {env.device.type}")
+    model = load_reward_model(checkpoint or cfg.model, sft.torch_dtype(cfg, env), cfg.seed)
+    model, wrapped = sft.prepare(model, cfg, env)
     data.check_ids(model, examples, cfg.model)
     optimizer = sft.make_optimizer(model, cfg, env)
     start = sft.load_checkpoint(checkpoint, env, optimizer) if checkpoint else 0
@@ -246,7 +254,7 @@ def main(cfg, env):
     order = data.batches([len(e["input_ids"]) for e in examples], cfg.batch_size, cfg.seed, start)
     for step in range(start, steps):
         batch = [examples[i] for i in next(order)]
-        states = len(batch) if cfg.method == "scalar_orm" else sum(len(e["step_ends"]) for e in batch)  # of the whole global batch
+        states = len(batch) if cfg.method == "scalar_orm" else sum(len(e["step_ends"]) for e in batch)  # global count
 
         def loss_fn(micro):
             tensors = {k: v.to(env.device) for k, v in data.collate(micro, tokenizer.pad_token_id).items()}
@@ -289,7 +297,7 @@ def main(cfg, env):
     return summary
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Evaluation on trajectories that were not trained on.
 
 def auroc(scores, outcomes):
@@ -311,8 +319,8 @@ def calibration_error(values, outcomes, bins=10):
 
 
 def first_error_f1(values, first_errors):
-    """ProcessBench's measure: the first step valued below a threshold is called the first error (-1: none); F1 is the harmonic mean
-    of the accuracies on wrong and on right solutions. Each half of the rows uses the threshold that is best on the other half."""
+    """ProcessBench's measure: the first step valued below a threshold is the first error (-1: none); F1 is the harmonic
+    mean of the accuracies on wrong and right solutions. Each half of the rows uses the other half's best threshold."""
     thresholds = np.linspace(0.01, 0.99, 99)
     truth = np.array(first_errors)
     lowest = [np.minimum.accumulate(v) for v in values]
@@ -336,8 +344,9 @@ def evaluate(cfg, values, examples):
     """values: one list of step values per example -> dict of the measures that the examples have what it takes for."""
     S = max(len(v) for v in values)
     padded = torch.tensor([v + [0.0] * (S - len(v)) for v in values])
+    labels = [(e["labels"] or [0.0] * len(v)) + [0.0] * (S - len(v)) for e, v in zip(examples, values)]
     batch = {"step_mask": torch.tensor([[True] * len(v) + [False] * (S - len(v)) for v in values]),
-             "labels": torch.tensor([(e["labels"] or [0.0] * len(v)) + [0.0] * (S - len(v)) for e, v in zip(examples, values)])}
+             "labels": torch.tensor(labels)}
     rewards, gamma = rewards_and_gamma(cfg, batch, all(e["labels"] is not None for e in examples))
     measures = smoothness(padded, rewards, batch["step_mask"], gamma)
     known = [(v, e["correct"]) for v, e in zip(values, examples) if e["correct"] is not None and len(v) > 1]
@@ -346,17 +355,21 @@ def evaluate(cfg, values, examples):
         measures["auroc_last"] = auroc([v[-1] for v, _ in known], right)
         measures["auroc_second_last"] = auroc([v[-2] for v, _ in known], right)
         measures["auroc_middle"] = auroc([v[(len(v) - 1) // 2] for v, _ in known], right)
-        measures["calibration_error"] = calibration_error(sum((v for v, _ in known), []), sum(([c] * len(v) for v, c in known), []))
+        all_values, all_right = sum((v for v, _ in known), []), sum(([c] * len(v) for v, c in known), [])
+        measures["calibration_error"] = calibration_error(all_values, all_right)
     errors = [(v, e["first_error"]) for v, e in zip(values, examples) if e.get("first_error") is not None]
     if errors:
         measures["first_error_f1"] = first_error_f1(*zip(*errors))
     return {name: value if math.isfinite(value) else None for name, value in measures.items()}
 
 
-MEASURES = {"abs_delta_v": "mean |V_t+1 - V_t|", "lipschitz": "largest |V_t+1 - V_t| of a solution", "td_error_mean": "TD error, mean",
-            "td_error_std": "TD error, standard deviation", "auroc_last": "AUROC of the outcome, last state",
-            "auroc_second_last": "AUROC of the outcome, second-last state", "auroc_middle": "AUROC of the outcome, middle state",
-            "calibration_error": "calibration error of V as P(right)", "first_error_f1": "first-error F1 (ProcessBench)"}
+MEASURES = {"abs_delta_v": "mean |V_t+1 - V_t|", "lipschitz": "largest |V_t+1 - V_t| of a solution",
+            "td_error_mean": "TD error, mean", "td_error_std": "TD error, standard deviation",
+            "auroc_last": "AUROC of the outcome, last state",
+            "auroc_second_last": "AUROC of the outcome, second-last state",
+            "auroc_middle": "AUROC of the outcome, middle state",
+            "calibration_error": "calibration error of V as P(right)",
+            "first_error_f1": "first-error F1 (ProcessBench)"}
 
 
 def print_table(cfg, summary):
@@ -367,7 +380,7 @@ def print_table(cfg, summary):
 
 
 def choose_three(examples):
-    """A right solution, one that goes wrong early and one that goes wrong late, as far as there are such -> [(title, index)]."""
+    """A right solution, one going wrong early and one going wrong late, where there are such -> [(title, index)]."""
     def error_at(e):  # in 0..1 of the solution
         t = e.get("first_error")
         if t is None and e["labels"] is not None:
@@ -378,7 +391,7 @@ def choose_three(examples):
              ("goes wrong late", lambda e: e["correct"] is False and error_at(e) is not None and error_at(e) >= 0.5)]
     if all(error_at(e) is None for e in examples):
         tests[1:] = [("wrong", lambda e: e["correct"] is False)]
-    long = sorted(range(len(examples)), key=lambda i: -min(6, len(examples[i]["step_ends"])))  # a few steps, to see something
+    long = sorted(range(len(examples)), key=lambda i: -min(6, len(examples[i]["step_ends"])))  # a few steps to see
     found = [(title, next((i for i in long if test(examples[i])), None)) for title, test in tests]
     return [(title, i) for title, i in found if i is not None]
 
@@ -414,10 +427,10 @@ def plot(cfg, solutions):
 
 
 def score_file(cfg, env):
-    """`--score FILE`: the step values of every trajectory, one JSON line a row in the file's order, to standard output."""
+    """`--score FILE`: every trajectory's step values, one JSON line a row in the file's order, to standard output."""
     model_name = cfg.model or os.path.join("runs", cfg.method, "model")
     tokenizer = data.load_tokenizer(model_name)
-    model = load_reward_model(model_name, sft.torch_dtype(cfg, env)).to(env.device)
+    model = load_reward_model(model_name, sft.torch_dtype(cfg, env), new_head=False).to(env.device)
     rows = data.read_trajectories(cfg.score)
     while chunk := list(itertools.islice(rows, 64 * env.world)):
         fit = []
