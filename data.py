@@ -20,11 +20,13 @@ Left out on purpose: packing several trajectories into one row (simple, and fast
 
     python data.py                                   # samples of the built-in task
     python data.py FILE... [--model NAME_OR_FOLDER]  # what a file holds, and one example as the model will see it
+    python data.py --write 4000 > problems.jsonl     # built-in training problems in a file
 """
 import argparse
 import collections
 import functools
 import itertools
+import json
 import os
 import random
 import re
@@ -355,8 +357,11 @@ def main():
     parser = argparse.ArgumentParser(description="Show what data files hold, or samples of the built-in task.")
     parser.add_argument("files", nargs="*", help="files of trajectories, problems or preference pairs")
     parser.add_argument("--model", help="whose tokenizer to show with (default: the built-in one, or bytes)")
+    parser.add_argument("--write", type=int, help="print so many built-in training problems, one JSON line each")
     parser.error = lambda message: sys.exit(f"data.py: error: {message}")  # one line, without the usage
     args = parser.parse_args()
+    if args.write:
+        return print("\n".join(json.dumps(problem) for problem in make_problems(args.write)))
     tokenizer = load_tokenizer(args.model) if args.model else builtin_tokenizer()
     if not args.files:
         for level in LEVELS:

@@ -1,4 +1,4 @@
-"""Search: what does spending N samples buy, with and without a reward model? And how sampling works, for the chapters on RL.
+"""Search: what does spending N samples buy, with and without a reward model? And how sampling works, for RL to import.
 
 One set of samples, many ways to answer from it (all at every power of two up to --n):
     pass@1          mean accuracy of a sample                 oracle    pass@n = 1 - C(N-c, n) / C(N, n), c of N right
@@ -12,8 +12,8 @@ Or the tree is grown step by step: from each kept prefix sample `expand` next st
 Finished responses stay candidates with their value. The search ends when all that is kept is finished.
 
 The time goes where the cache is (cache.py): one prefill per prompt, its keys and values repeated for its samples; rows
-that end are swapped to the back and leave the batch; a kept prefix keeps its rows in the policy's AND the reward model's
-cache, so no prefix token passes through either model twice. Duplicate candidates are scored once.
+that end are swapped to the back and leave the batch; a kept prefix keeps its rows in the policy's AND the reward
+model's cache, so no prefix token passes through either model twice. Duplicate candidates are scored once.
 
     python search_minimal.py                                      # built-in policy and reward model: a table in a minute
     python search_minimal.py --prm runs/tdrm/model runs/scalar_prm/model runs/scalar_orm/model --show
@@ -49,7 +49,7 @@ from sft_minimal import opt
 class Config:
     model: str = opt("", "policy: Hugging Face name or folder; empty: the built-in one")
     prm: tuple = opt((), "reward models to compare; empty: the built-in TDRM; none: only what needs none")
-    data: tuple = opt(("builtin",), "builtin, builtin-hard, or files of problems (with --label_rollouts: of trajectories)")
+    data: tuple = opt(("builtin",), "builtin, builtin-hard, or files of problems (to label: of trajectories)")
     out: str = opt("", "folder of the run; empty: runs/search")
     problems: int = opt(200, "how many problems; 0: all of the files'", low=0)
     n: int = opt(16, "samples of each problem", low=1)
@@ -61,9 +61,9 @@ class Config:
     max_step_tokens: int = opt(64, "longest step in tree search", low=1)
     max_steps: int = opt(40, "deepest tree", low=1)
     rows_at_once: int = opt(2048, "rows in one decoding batch of one process (memory only, same result)", low=1)
-    label_rollouts: int = opt(0, "label every step of the trajectories in --data from this many rollouts; search nothing", low=0)
-    label_kind: str = opt("soft", "a label is the share of right rollouts (soft) or 1 if any is (hard)", choices=("soft", "hard"))
-    dtype: str = opt("auto", "of the weights; auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
+    label_rollouts: int = opt(0, "only label the steps of the trajectories in --data, by so many rollouts", low=0)
+    label_kind: str = opt("soft", "a label is the share of right rollouts, or 1 if any is", choices=("soft", "hard"))
+    dtype: str = opt("auto", "weights; auto: bfloat16 on GPUs only", choices=("auto", "float32", "bfloat16"))
     seed: int = opt(0, "of the sampling", low=0, high=2**32 - 1)
     resume: bool = opt(False, "keep the problems that --out has already done, do the others")
     show: bool = opt(False, "print one beam search step by step")
@@ -74,7 +74,7 @@ class Config:
 
 @dataclass
 class Sample:
-    """One response: its tokens (the end-of-response token included), their log-probs under the sampling temperature, its text."""
+    """One response: its tokens (the end-of-response one included), their log-probs under the temperature, its text."""
     prompt_ids: list
     token_ids: list
     logprobs: list
@@ -83,8 +83,8 @@ class Sample:
 
 
 def uniforms(seed, key, depth, starts, length):
-    """The noise of sampling: (len(starts), length) numbers in [0, 1), a function of the seed and the problem alone, so that
-    neither the batch nor the number of processes changes a sample. `starts`: at which response token each row begins."""
+    """The noise of sampling: (len(starts), length) numbers in [0, 1), a function of the seed and the problem alone, so
+    that neither the batch nor the number of processes changes a sample. `starts`: the response token a row begins at."""
     return np.random.default_rng([seed, key, depth]).random((len(starts), length), dtype=np.float32)
 
 
@@ -106,10 +106,10 @@ class StepEnd:
 
 @torch.no_grad()
 def decode(model, cache, logits, noise, temperature, eos_id, step_end=None):
-    """Sample every row of the cache until eos, the end of a step (with `step_end`), or the end of its noise (rows, length).
+    """Sample every row of the cache until eos, a step's end (with `step_end`), or the end of its noise (rows, length).
 
-    -> tokens, logprobs: a list for each row; place: row i's keys and values are in row place[i] of the cache, all but those
-    of its last token, which has not been read.
+    -> tokens, logprobs: a list for each row; place: row i's keys and values are in row place[i] of the cache, all but
+    those of its last token, which has not been read.
     """
     rows, length = noise.shape
     tokens = torch.zeros(rows, length, dtype=torch.long, device=logits.device)
