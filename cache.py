@@ -23,7 +23,7 @@ class RowCache:
 
     def _allocate(self, like):
         rows, slots = self.mask.shape
-        tensor = like.new_empty(rows, like.shape[1], slots, like.shape[3])  # (R, heads, C, head size)
+        tensor = like.new_zeros(rows, like.shape[1], slots, like.shape[3])  # (R, heads, C, head size)
         self.bytes += tensor.nbytes
         RowCache.now += tensor.nbytes
         RowCache.peak = max(RowCache.peak, RowCache.now)
@@ -73,6 +73,11 @@ class RowCache:
         return order
 
 
+def longest_context(config):
+    """The most tokens a row may have: beyond a sliding window, layers would forget what the cache still shows them."""
+    return min(getattr(config, name, None) or 10**9 for name in ("max_position_embeddings", "sliding_window"))
+
+
 def cache_bytes(config, rows, slots, dtype):
     """Bytes of keys and values for `rows` rows of `slots` tokens, from a model's config."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -89,8 +94,9 @@ def feed(model, cache, input_ids, mask, **options):
     causal = slots <= slots[cache.used:, None]  # (q, end)
     itself = slots == slots[cache.used:, None]  # padding sees itself: no row is empty
     attention = cache.mask[:rows, None, :end] & causal | itself
+    bias = torch.zeros(attention.shape, dtype=model.dtype, device=input_ids.device).masked_fill(~attention, -torch.inf)
     positions = (cache.position[:rows, None] + mask.cumsum(1) - 1).clamp(min=0)
-    output = model(input_ids=input_ids, attention_mask=attention[:, None], position_ids=positions,
+    output = model(input_ids=input_ids, attention_mask=bias[:, None], position_ids=positions,
                    past_key_values=cache, use_cache=True, **options)
     cache.used = end
     cache.position[:rows] += mask.sum(1)
@@ -99,7 +105,7 @@ def feed(model, cache, input_ids, mask, **options):
 
 def pad(sequences, side, device, value=0):
     """Lists of ids -> (ids, mask) of shape (rows, longest), padded on one side."""
-    longest = max(map(len, sequences))
+    longest = max(1, *map(len, sequences))
     fill = [[value] * (longest - len(s)) for s in sequences]
     ids = [f + list(s) if side == "left" else list(s) + f for s, f in zip(sequences, fill)]
     real = [[False] * len(f) + [True] * len(s) if side == "left" else [True] * len(s) + [False] * len(f)

@@ -17,8 +17,8 @@ model's cache, so no prefix token passes through either model twice. Duplicate c
 
     python search_minimal.py                                      # built-in policy and reward model: a table in a minute
     python search_minimal.py --prm runs/tdrm/model runs/scalar_prm/model runs/scalar_orm/model --show
-    torchrun --nproc_per_node=8 search_minimal.py --model Qwen/Qwen2.5-Math-7B-Instruct --data math500.jsonl \\
-        --n 64 --prm PRM
+    torchrun --nproc_per_node=8 -- search_minimal.py --model Qwen/Qwen2.5-Math-7B-Instruct --data math500.jsonl \\
+        --n 64 --prm PRM          # without the --, torchrun would take --n for one of its own options
     python search_minimal.py --label_rollouts 8 --data solutions.jsonl --out runs/labels     # step labels by rollouts
 
 Files in --out: samples.jsonl (trajectories, with values: training data for tdrm_minimal.py), summary.json (the table).
@@ -40,7 +40,7 @@ from tqdm import tqdm
 import data
 import sft_minimal as sft
 import tdrm_minimal as tdrm
-from cache import RowCache, cache_bytes, feed, pad, prefill
+from cache import RowCache, cache_bytes, feed, longest_context, pad, prefill
 from data import BadInput
 from sft_minimal import opt
 
@@ -51,7 +51,7 @@ class Config:
     prm: tuple = opt((), "reward models to compare; empty: the built-in TDRM; none: only what needs none")
     data: tuple = opt(("builtin",), "builtin, builtin-hard, or files of problems (to label: of trajectories)")
     out: str = opt("", "folder of the run; empty: runs/search")
-    problems: int = opt(200, "how many problems; 0: all of the files'", low=0)
+    problems: int = opt(0, "how many problems; 0: all of the files', 200 of the built-in task", low=0)
     n: int = opt(16, "samples of each problem", low=1)
     beam: int = opt(4, "kept prefixes in beam search, subtrees in dvts", low=1)
     expand: tuple = opt((2, 4, 8), "next steps sampled from each kept prefix", low=1)
@@ -97,15 +97,15 @@ def pick(logprobs, noise):
 class StepEnd:
     """Which tokens close a step, that is, complete a blank line after some text."""
 
-    def __init__(self, tokenizer, device):
-        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=False)
+    def __init__(self, tokenizer, device, size=0):
+        texts = tokenizer.batch_decode([[i] for i in range(max(len(tokenizer), size))], skip_special_tokens=False)
         flag = lambda test: torch.tensor([bool(test(text)) for text in texts], device=device)  # noqa: E731
         self.blank, self.starts = flag(lambda s: data.STEP_END in s), flag(lambda s: s.startswith("\n"))
         self.ends, self.text = flag(lambda s: s.endswith("\n")), flag(lambda s: s.strip())
 
 
 @torch.no_grad()
-def decode(model, cache, logits, noise, temperature, eos_id, step_end=None):
+def decode(model, cache, logits, noise, temperature, eos_id, step_end=None, limits=None):
     """Sample every row of the cache until eos, a step's end (with `step_end`), or the end of its noise (rows, length).
 
     -> tokens, logprobs: a list for each row; place: row i's keys and values are in row place[i] of the cache, all but
@@ -125,6 +125,8 @@ def decode(model, cache, logits, noise, temperature, eos_id, step_end=None):
         tokens[live, t], logprobs[live, t] = chosen, logp.gather(1, chosen[:, None])[:, 0]
         lengths[live] = t + 1
         done = chosen == eos_id
+        if limits is not None:
+            done |= limits[live] <= t + 1
         if step_end:
             has_text[live] |= step_end.text[chosen]
             done |= (step_end.blank[chosen] | (newline[live] & step_end.starts[chosen])) & has_text[live]
@@ -152,11 +154,11 @@ def sample(model, tokenizer, prompts, n, temperature=1.0, max_new_tokens=256, se
     model.eval()
     device, eos_id = next(model.parameters()).device, tokenizer.eos_token_id
     encoded = [p if isinstance(p, list) and p and isinstance(p[0], int) else data.encode_prompt(tokenizer, p) for p in prompts]
-    limit = getattr(model.config, "max_position_embeddings", math.inf)
+    limit = longest_context(model.config)
     for ids in encoded:
         if len(ids) + max_new_tokens > limit:
             raise BadInput(f"a prompt of {len(ids)} tokens and --max_new_tokens {max_new_tokens} exceed the model's {limit}")
-    step_end = StepEnd(tokenizer, device) if stop == "step" else None
+    step_end = StepEnd(tokenizer, device, model.config.vocab_size) if stop == "step" else None
     results = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     at_once = max(1, rows_at_once // n)
@@ -195,8 +197,10 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
     Greedy search: keep 1; beam search: keep k; dvts: keep 1 in each of k `subtrees`. At the root keep * expand steps are
     sampled. All prompts advance together, one depth at a time. A list `trace` receives (depth, group, candidates, kept).
     """
+    model.eval()
+    prm.eval()
     device, eos_id = next(model.parameters()).device, tokenizer.eos_token_id
-    step_end = step_end or StepEnd(tokenizer, device)
+    step_end = step_end or StepEnd(tokenizer, device, model.config.vocab_size)
     count = Counter()
     groups = [i for i in range(len(prompts)) for _ in range(subtrees)]  # group -> prompt
 
@@ -214,11 +218,12 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
         parents = [beam for beam in live for _ in range(expand if depth else keep * expand)]
         if not parents:
             break
-        room = max(1, min(max_step_tokens, max_new_tokens - min(len(b.token_ids) for b in parents)))
+        limits = torch.tensor([min(max_step_tokens, max_new_tokens - len(b.token_ids)) for b in parents], device=device)
+        room = int(limits.max())
         rows = [b.row for b in parents]
         cache, logits = cache.select(rows, room), logits[torch.tensor(rows, device=device)]
-        noise = torch.from_numpy(step_noise(parents, groups, keys, seed, depth, room)).to(device)
-        tokens, _, place = decode(model, cache, logits, noise, temperature, eos_id, step_end)
+        noise = torch.from_numpy(step_noise(parents, groups, keys, seed, depth, max_step_tokens)[:, :room]).to(device)
+        tokens, _, place = decode(model, cache, logits, noise, temperature, eos_id, step_end, limits)
         count["generated"] += sum(map(len, tokens))
 
         # 2) Distinct candidates; each is scored once, its new tokens only.
@@ -226,21 +231,23 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
         candidates, where = {}, []
         for i, (parent, new, text) in enumerate(zip(parents, tokens, texts)):
             name = (parent.group, tuple(parent.token_ids), tuple(new))
-            if name not in candidates and text.strip():
-                candidates[name] = Beam(parent.group, parent.token_ids + new, parent.steps + [text.strip()],
+            if name not in candidates:  # a step without text (an end right after a blank line) leaves the value as it was
+                step = [text.strip()] if text.strip() else []
+                candidates[name] = Beam(parent.group, parent.token_ids + new, parent.steps + step, parent.value,
                                         finished=new[-1] == eos_id, row=len(where))
                 where.append(i)
         candidates = list(candidates.values())
-        if not candidates:
-            break
-        steps = [data._token_ids(prm_tokenizer, b.steps[-1] + ("" if b.finished else data.STEP_END)) for b in candidates]
+        new_step = [len(b.steps) > len(parents[i].steps) for b, i in zip(candidates, where)]
+        steps = [data._token_ids(prm_tokenizer, b.steps[-1] + ("" if b.finished else data.STEP_END)) if new else []
+                 for b, new in zip(candidates, new_step)]
         ids, mask = pad(steps, "right", device)
         prm_cache = prm_cache.select([parents[i].row for i in where], ids.shape[1])
         scores = feed(prm, prm_cache, ids, mask).logits[..., 0]  # (candidates, tokens)
         count["scored"] += int(mask.sum())
-        values = scores.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0].float().sigmoid()  # at the last token of each step
-        for beam, value in zip(candidates, values.tolist()):
-            beam.value = value
+        last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)  # of each new step
+        values = scores.gather(1, last)[:, 0].float().sigmoid()
+        for beam, value, new in zip(candidates, values.tolist(), new_step):
+            beam.value = value if new else beam.value
 
         # 3) Keep the best of each group; finished responses stay candidates.
         by_group = defaultdict(list)
@@ -288,7 +295,7 @@ def step_noise(parents, groups, keys, seed, depth, length):
 # Answering from one set of samples.
 
 def aggregate(values, how):
-    """Step values of a response -> its score. "last" is V of the whole response; the product is taken in logs."""
+    """Step values of a response -> its score. "last" is V of the whole response."""
     if not values:
         return 0.0
     return {"last": lambda v: v[-1], "min": min, "mean": lambda v: sum(v) / len(v), "prod": math.prod}[how](values)
@@ -379,18 +386,22 @@ def search(cfg, env, level):
     model = data.load_model(AutoModelForCausalLM, policy_name, dtype=dtype).to(env.device).eval()
     models = {}
     for name in prms:
-        prm = tdrm.load_reward_model(name, dtype, new_head=False).to(env.device).eval()
-        models[prm_name(name, prms)] = prm, data.load_tokenizer(name)
-    problems = data.make_problems(cfg.problems or 1000, "test", 0, level) if level else list(data.read_problems(cfg.data))
+        try:
+            prm = tdrm.load_reward_model(name, dtype, new_head=False).to(env.device).eval()
+            models[prm_name(name, prms)] = prm, data.load_tokenizer(name)
+        except BadInput as error:
+            raise BadInput(str(error).replace("--model", "--prm", 1)) from None
+    problems = data.make_problems(cfg.problems or 200, "test", 0, level) if level else list(data.read_problems(cfg.data))
     problems = problems[:cfg.problems or None]
-    limit = getattr(model.config, "max_position_embeddings", math.inf) - cfg.max_new_tokens
+    limit = longest_context(model.config) - cfg.max_new_tokens
     fits = [len(data.encode_prompt(tokenizer, p["question"])) <= limit for p in problems]
     for i in [i for i, ok in enumerate(fits) if not ok]:
         env.print(f"left out, too long for the model: {problems[i].get('source', i)}")
     problems = [p for p, ok in zip(problems, fits) if ok]
     if not problems:
         raise BadInput("--data: there is no problem that leaves room for a response")
-    step_end, most = StepEnd(tokenizer, env.device), max(cfg.n, max(cfg.expand) * cfg.beam if models else 1)
+    step_end = StepEnd(tokenizer, env.device, model.config.vocab_size)
+    most = max(cfg.n, max(cfg.expand) * cfg.beam if models else 1)  # rows a problem
     sampling = {"temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
     trees = [("greedy search", 1, b, 1) for b in cfg.expand]
     trees += [(f"{what} {cfg.beam} x", *numbers) for b in cfg.expand if cfg.beam > 1
@@ -418,9 +429,10 @@ def search(cfg, env, level):
                                   + cache_bytes(model.config, len(chunk) * cfg.n, longest + cfg.max_new_tokens, dtype))
         greedy = timed("greedy", sample, model, tokenizer, questions, 1, keys=chunk, **sampling | {"temperature": 0.0})
         for record, mine, one, gold in zip(records, samples, greedy, golds):
+            seen = {}
             found = [data.extract_answer(s.text) for s in mine]
             record |= {"texts": [s.text for s in mine], "right": [data.verify(s.text, gold) for s in mine],
-                       "keys": [None if a is None else repr(data.answer_key(a)) for a in found],
+                       "keys": [None if a is None else seen.setdefault(data.answer_key(a), len(seen)) for a in found],
                        "greedy": data.verify(one[0].text, gold), "truncated": sum(not s.finished for s in mine)}
             record["generated"] |= {"samples": sum(len(s.token_ids) for s in mine), "greedy": len(one[0].token_ids)}
         for name, (prm, prm_tokenizer) in models.items():
@@ -548,7 +560,7 @@ def label(cfg, env, level):
     tokenizer = data.load_tokenizer(policy_name)
     model = data.load_model(AutoModelForCausalLM, policy_name, dtype=sft.torch_dtype(cfg, env)).to(env.device).eval()
     rows = list(data.read_trajectories(cfg.data))[:cfg.problems or None]
-    limit = getattr(model.config, "max_position_embeddings", math.inf) - cfg.max_new_tokens
+    limit = longest_context(model.config) - cfg.max_new_tokens
     for row in rows:
         if row["answer"] is None:
             raise BadInput(f"{row['source']}: --label_rollouts needs 'answer', to tell whether a rollout reaches it")
