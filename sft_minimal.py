@@ -59,6 +59,7 @@ class TrainConfig:
     grad_clip: float = opt(1.0, "largest gradient norm; 0: no clipping", low=0)
     dtype: str = opt("auto", "weights, gradients; auto: bfloat16 on GPUs only", choices=("auto", "float32", "bfloat16"))
     grad_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
+    compile: bool = opt(False, "torch.compile the layers: slow to start, then 5 to 20% faster")
     seed: int = opt(0, "of the data and its order", low=0, high=2**32 - 1)
     save_every: int = opt(200, "steps between checkpoints; 0: none before the end", low=0)
     eval_every: int = opt(200, "steps between evaluations; 0: only at the end", low=0)
@@ -184,6 +185,9 @@ def prepare(model, cfg, env):
         raise BadInput(f"--max_length {cfg.max_length}: the model takes at most {limit} tokens")
     model.config.use_cache = False  # no keys and values are kept while training
     model.to(env.device).train()
+    if cfg.compile:
+        for layer in [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]:
+            layer.compile(dynamic=True)  # layer by layer: one compilation serves all of them
     if cfg.grad_checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if env.world == 1:

@@ -3,7 +3,6 @@
 Several ranks are gloo processes forked from a server that has torch imported already (a plain `fork` of the test process could
 inherit busy threads, a `spawn` would import for seconds). Runs are compared through the files they leave.
 """
-import dataclasses
 import json
 import math
 import multiprocessing

@@ -1,0 +1,362 @@
+"""Speed, measured side by side. `python tests/bench.py` lists the parts; `... PART` runs one.
+
+Two sides run in turn, A B A B ..., because a machine drifts by ten percent within minutes; the ratio is taken
+within each pair: median (smallest to largest). A ratio far from what counting tokens predicts wants an
+explanation. Close other programs first: a thread that has to wait for its core holds up all the others.
+
+tdrm: trajectories a second in the loop of tdrm_minimal.main, fp32 on the CPU, random weights, against
+  - the published algorithm: each transition (s_t, s_t+1) is a row of its own and all rows are shuffled. A row
+    takes a forward with gradient over s_t and one without over s_t+1 (a last state is spared that), in padded
+    micro-batches of 16, as many rows to an optimizer step as our batch has states;
+  - TRL's PRMTrainer, if a trl that has it (up to 1.13) is installed: same tokens, batch size and AdamW, no
+    checkpointing, saving, logging or evaluation; timed between two optimizer steps, so without its setup. It
+    takes rows in random order, we batch rows of like length: "in random order" leaves out what that wins.
+Workloads: toy, the built-in policy and task; long, 60 + 16 x 24 tokens, hidden size 256, four layers.
+search: problems a second of tree_search against published call structure (a `generate` per kept prefix, a
+reward-model forward over the whole prefix per candidate), same settings; responses a second of sample() against
+`generate`, also on responses of very different lengths, where padding is what dropping rows saves.
+"of peak": the work a step cannot do without over what the same threads reach in a large matrix product. For T
+tokens that is 6 x (weights in linear layers) x T + 6 x layers x hidden x T^2 (half of the attention matrix).
+"""
+import argparse
+import contextlib
+import importlib
+import itertools
+import os
+import sys
+import tempfile
+import time
+import timeit
+import warnings
+from dataclasses import replace
+from statistics import median
+
+os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+warnings.simplefilter("ignore", FutureWarning)  # of options that TRL and transformers will rename
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import search_minimal as search
+import sft_minimal as sft
+import tdrm_minimal as tdrm
+import transformers  # after ours, which quieten it
+
+ENV = sft.Env()  # one process, on the CPU
+MICRO = 16  # rows in one forward of the published algorithm
+
+
+def compare(title, expected, ours, other, pairs):
+    """Call two functions that return a speed in turn and print what came out -> the median of ours."""
+    speeds = [(ours(), other()) for _ in range(pairs)]
+    (a, b), ratios = map(median, zip(*speeds)), [x / y for x, y in speeds]
+    print(f"  {title:<28} predicted {expected:5.2f}x, measured {median(ratios):5.2f}x ({min(ratios):.2f} to "
+          f"{max(ratios):.2f}, {pairs} pairs): {a:.4g} against {b:.4g} a second", flush=True)
+    return a
+
+
+class Work:
+    """Examples, and folders with a policy and a reward model of random weights that all sides start from."""
+
+    def __init__(self, folder, policy, examples, sizes):
+        self.folder, self.policy, self.reward = folder, folder + "/policy", folder + "/reward"
+        self.tokenizer, self.examples = data.builtin_tokenizer(), examples
+        self.batch_size, self.steps, self.published_steps = sizes  # steps in one measurement
+        self.cfg = tdrm.Config(n_step=1, batch_size=self.batch_size)
+        self.lengths = np.array([len(e["input_ids"]) for e in examples])
+        policy.save_pretrained(self.policy)
+        tdrm.load_reward_model(self.policy).save_pretrained(self.reward)
+
+    def model(self, head="Token", compiled=False):
+        load = getattr(transformers, f"AutoModelFor{head}Classification").from_pretrained
+        return sft.prepare(load(self.reward, num_labels=1), replace(self.cfg, compile=compiled), ENV)[0]
+
+
+def toy(folder, quick):
+    tokenizer = data.builtin_tokenizer()
+    rows = data.make_trajectories(data.make_problems(50 if quick else 1600), 4, label_rollouts=4)
+    examples, _ = data.encode_rows(rows, tokenizer, 2048)
+    return Work(folder, sft.new_policy(tokenizer, seed=0), examples, (8, 2, 1) if quick else (64, 20, 2))
+
+
+def long(folder, quick):
+    hidden, steps, count = (64, 4, 8) if quick else (256, 16, 128)
+    torch.manual_seed(0)
+    policy = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=512, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, pad_token_id=0, bos_token_id=None, eos_token_id=1))
+    ids, labels = torch.randint(5, 512, (count, 60 + 24 * steps)), torch.randint(2, (count, steps))
+    ends = list(range(60 + 23, 60 + 24 * steps, 24))
+    examples = [{"input_ids": i, "prompt_length": 60, "step_ends": ends, "labels": row, "correct": row[-1]}
+                for i, row in zip(ids.tolist(), labels.tolist())]
+    return Work(folder, policy, examples, (2, 1, 1) if quick else (8, 4, 1))
+
+
+def shuffled(count, size):
+    """Index lists in random order, without end: data.batches without the sorting by length."""
+    rng = np.random.default_rng(0)
+    while True:
+        order = rng.permutation(count)
+        yield from (order[i:i + size].tolist() for i in range(0, count - count % size, size))
+
+
+def padded(lengths, order, count=200):
+    """Tokens a row with padding, on average over the first `count` batches of an order."""
+    batches = [[lengths[i] for i in batch] for batch in itertools.islice(order, count)]
+    return sum(max(batch) * len(batch) for batch in batches) / sum(map(len, batches))
+
+
+# Three sides. Each returns a function that trains for a while -> trajectories a second.
+
+def our_loss(work, model, examples, states):
+    batch = data.collate(examples, work.tokenizer.pad_token_id)
+    logits = tdrm.step_values(model, batch["input_ids"], None, batch["step_ends"])
+    targets, weights = tdrm.targets_and_weights(work.cfg, logits, batch, labelled=True)
+    return (F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * weights).sum() / states
+
+
+def ours(work, order, compiled=False):
+    model = work.model(compiled=compiled)
+    optimizer = sft.make_optimizer(model, work.cfg, ENV)
+
+    def run(steps=work.steps):
+        start = time.perf_counter()
+        for _ in range(steps):
+            batch = [work.examples[i] for i in next(order)]
+            states = sum(len(e["step_ends"]) for e in batch)
+            sft.accumulate_gradients(model, sft.local_rows(batch, ENV), 0,
+                                     lambda micro: our_loss(work, model, micro, states), ENV)
+            sft.optimizer_step(model, optimizer, 1e-5, 1.0)
+        return steps * work.batch_size / (time.perf_counter() - start)
+    run(6 if compiled else 2)  # the first steps allocate and compile
+    return run
+
+
+def transitions(work, examples):
+    """Rows (ids of s_t, ids of s_t+1, reward, outcome); no s_t+1, None, where s_t is a last state."""
+    rows = []
+    for e in examples:
+        labels = torch.tensor([e["labels"]])
+        rewards = tdrm.shaped_rewards(labels, labels >= 0, work.cfg.correct, work.cfg.wrong)[0]
+        states = [e["input_ids"][:end + 1] for end in e["step_ends"]] + [None]
+        rows += zip(states, states[1:], rewards.tolist(), [float(e["correct"])] * len(rewards))
+    return rows
+
+
+def published_loss(work, model, rows, states):
+    def logits_of(prefixes):
+        batch = work.tokenizer.pad({"input_ids": prefixes}, padding_side="right", return_tensors="pt")
+        return model(**batch, use_cache=False).logits.squeeze(-1)  # (rows,)
+    now, following, rewards, targets = (list(column) for column in zip(*rows))
+    targets, going_on = torch.tensor(targets), torch.tensor([ids is not None for ids in following])
+    if going_on.any():
+        with torch.no_grad():
+            values = logits_of([ids for ids in following if ids]).sigmoid()
+        targets[going_on] = (torch.tensor(rewards)[going_on] + work.cfg.gamma * values).clamp(0, 1)
+    return F.binary_cross_entropy_with_logits(logits_of(now), targets, reduction="sum") / states
+
+
+def published(work, rows):
+    per_trajectory = len(rows) / len(work.examples)
+    accumulate = max(1, round(work.batch_size * per_trajectory / MICRO))
+    model, order = work.model("Sequence"), shuffled(len(rows), MICRO)
+    optimizer = sft.make_optimizer(model, work.cfg, ENV)
+
+    def run():
+        start = time.perf_counter()
+        for _ in range(work.published_steps):
+            for micro in itertools.islice(order, accumulate):
+                published_loss(work, model, [rows[i] for i in micro], accumulate * MICRO).backward()
+            sft.optimizer_step(model, optimizer, 1e-5, 1.0)
+        return work.published_steps * accumulate * MICRO / per_trajectory / (time.perf_counter() - start)
+    return run
+
+
+def trl_side(work, trl, warmup=2):
+    from datasets import Dataset  # comes with trl
+
+    class Clock(transformers.TrainerCallback):
+        times = {}
+
+        def on_step_end(self, args, state, control, **_):
+            self.times[state.global_step] = time.perf_counter()
+
+    labels = [np.full(len(e["input_ids"]), -100) for e in work.examples]
+    for row, e in zip(labels, work.examples):
+        row[e["step_ends"]] = e["labels"]
+    rows = Dataset.from_dict({"input_ids": [e["input_ids"] for e in work.examples], "labels": labels})
+    model = transformers.AutoModelForTokenClassification.from_pretrained(work.policy, num_labels=2)
+    args = trl.PRMConfig(
+        work.folder, per_device_train_batch_size=work.batch_size, max_steps=warmup + work.steps,
+        max_length=None, learning_rate=1e-5, weight_decay=1e-3, adam_beta2=0.98, max_grad_norm=1, bf16=False,
+        use_cpu=True, dataloader_num_workers=0, dataloader_pin_memory=False, gradient_checkpointing=False,
+        save_strategy="no", logging_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True)
+
+    def run():
+        trainer = trl.PRMTrainer(model, args, None, rows, None, work.tokenizer, callbacks=[Clock()])
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+        assert not model.is_gradient_checkpointing and model.dtype == torch.float32
+        return work.steps * work.batch_size / (Clock.times[args.max_steps] - Clock.times[warmup])
+    return run
+
+
+def part_tdrm(args):
+    trl, version = None, "trl (<= 1.13) with PRMTrainer not installed: skipped"
+    for place in "trl", "trl.experimental.prm":  # where it was, where it is
+        with contextlib.suppress(ImportError):
+            if hasattr(module := importlib.import_module(place), "PRMTrainer"):
+                trl, version = module, f"trl {sys.modules['trl'].__version__}"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {version}")
+    for make in toy, long:
+        with tempfile.TemporaryDirectory() as folder:
+            measure_tdrm(make.__name__, make(folder, args.quick), trl, args)
+
+
+def measure_tdrm(name, work, trl, args):
+    lengths, size, rows = work.lengths, work.batch_size, transitions(work, work.examples)
+    steps, order = len(rows) / len(lengths), shuffled(len(lengths), size)
+    gradients, few = [], work.examples[:2]  # the two sides are to compute the same thing
+    for head, loss, what in ("Token", our_loss, few), ("Sequence", published_loss, transitions(work, few)):
+        loss(work, model := work.model(head), what, 1).backward()
+        gradients.append(torch.cat([p.grad.flatten() for _, p in sorted(model.named_parameters())]))
+    difference = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max()
+    print(f"{name}: {model.num_parameters():,} parameters, batch {size}, {steps:.1f} steps, "
+          f"{lengths.mean():.1f} tokens each; our gradient is the published one to {difference:.0e}")
+    sorted_tokens = padded(lengths, data.batches(lengths, size))
+    first, second = (padded([len(r[i] or ()) for r in rows], shuffled(len(rows), MICRO)) for i in (0, 1))
+    expected = (3 * first * steps + second * (steps - 1)) / (3 * sorted_tokens)  # forward 1, backward 2
+    run, n = ours(work, data.batches(lengths, size)), 256 if args.quick else 2048
+    speed = compare("ours / published", expected, run, published(work, rows), args.repeats)
+    peak = 2 * n**3 / min(timeit.repeat("a @ a", "a = torch.randn(n, n)", repeat=8, number=1,
+                                        globals={"torch": torch, "n": n}))
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    attention = model.config.num_hidden_layers * model.config.hidden_size * lengths
+    flops = (6 * (weights + attention) * lengths).mean()
+    print(f"  ours is {speed * flops / peak:.0%} of peak, {peak / 1e9:.0f} GFLOP/s")
+    if not args.quick:  # compiling takes a while
+        fast = ours(work, data.batches(lengths, size), compiled=True)
+        compare("with --compile / published", 1.15 * expected, fast, published(work, rows), args.repeats)
+    if trl:
+        other = trl_side(work, trl)
+        if not args.quick:
+            compare("with --compile / TRL", 1.1 * padded(lengths, order) / sorted_tokens, fast, other, args.repeats)
+        compare("ours / TRL", padded(lengths, order) / sorted_tokens, run, other, args.repeats)
+        if len(set(lengths)) > 1:
+            compare("ours in random order / TRL", 1, ours(work, order), other, args.repeats)
+
+
+# ----------------------------------------------------------------------------------------------------
+# search
+
+def naive_beam_search(model, prm, tokenizer, problem, keep, expand, max_steps=12):
+    """Beam search as published code calls it: one `generate` per kept prefix, one reward-model forward over the whole
+    prefix per candidate, one problem at a time. The built-in tokenizer closes a step with one token."""
+    end_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(data.STEP_END)]
+    prompt = data.encode_prompt(tokenizer, problem["question"])
+    frontier, finished = [prompt], []
+    for depth in range(max_steps):
+        candidates = []
+        for prefix in frontier:
+            ids = model.generate(torch.tensor([prefix]), do_sample=True, temperature=1.0, top_k=0, eos_token_id=end_ids,
+                                 max_new_tokens=64, num_return_sequences=expand if depth else keep * expand,
+                                 pad_token_id=tokenizer.pad_token_id)
+            for row in ids.tolist():
+                while row[-1] == tokenizer.pad_token_id:
+                    row.pop()
+                if row not in candidates:
+                    candidates.append(row)
+        scored = list(finished)
+        for row in candidates:
+            prefix = row[:-1] if row[-1] == tokenizer.eos_token_id else row
+            scored.append((prm(input_ids=torch.tensor([prefix])).logits[0, -1, 0].item(), row))
+        kept = sorted(scored, key=lambda pair: -pair[0])[:keep]
+        finished = [pair for pair in kept if pair[1][-1] == tokenizer.eos_token_id]
+        frontier = [row for _, row in kept if row[-1] != tokenizer.eos_token_id]
+        if not frontier:
+            break
+    return tokenizer.decode(kept[0][1][len(prompt):], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def part_search(args):
+    """Beam search against the published call structure; sample() against `generate`."""
+    from transformers import AutoModelForCausalLM
+    folder, prm_folder = sft.builtin_policy("builtin", ENV), tdrm.builtin_reward_model("builtin", ENV)
+    tokenizer = data.load_tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prm = tdrm.load_reward_model(prm_folder).eval()
+    count = 4 if args.quick else 32
+    problems = data.make_problems(count, "test")
+    questions = [p["question"] for p in problems]
+    right = {}
+
+    def ours():
+        start = time.perf_counter()
+        best, _ = search.tree_search(model, tokenizer, prm, tokenizer, questions, 4, 4)
+        seconds = time.perf_counter() - start
+        texts = [tokenizer.decode(b.token_ids, skip_special_tokens=True) for b in best]
+        right["ours"] = sum(data.verify(t, p["answer"]) for t, p in zip(texts, problems))
+        return count / seconds
+
+    def published():
+        start = time.perf_counter()
+        texts = [naive_beam_search(model, prm, tokenizer, p, 4, 4) for p in problems]
+        seconds = time.perf_counter() - start
+        right["published"] = sum(data.verify(t, p["answer"]) for t, p in zip(texts, problems))
+        return count / seconds
+
+    print(f"search: problems a second, beam 4 x expand 4, {count} problems at once")
+    compare("published calls, one by one", 20, ours, published, args.repeats)
+    print(f"  right answers: ours {right['ours']}, published {right['published']} of {count}")
+
+    def sampling(title, policy, expected=None, max_new_tokens=64):
+        prompts = [data.encode_prompt(tokenizer, q) for q in [p["question"] for p in data.make_problems(16, "test")]]
+        tokens = []
+
+        def library():
+            padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+            start = time.perf_counter()
+            policy.generate(**padded, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=8,
+                            max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+            return 128 / (time.perf_counter() - start)
+
+        def mine():
+            start = time.perf_counter()
+            samples = search.sample(policy, tokenizer, prompts, 8, max_new_tokens=max_new_tokens, seed=len(tokens))
+            seconds = time.perf_counter() - start
+            lengths = [len(s.token_ids) for row in samples for s in row]
+            tokens.append(len(lengths) * max(lengths) / sum(lengths))
+            return 128 / seconds
+        mine(), library()
+        ratio = np.mean(tokens) if expected is None else expected
+        compare(title, ratio, mine, library, args.repeats)
+        print(f"  padded / real tokens: {np.mean(tokens):.2f}")
+
+    print("sample(): responses a second, 16 prompts x 8, against transformers' generate")
+    sampling("built-in policy", model, 1.2)
+    even = AutoModelForCausalLM.from_pretrained(folder).eval()
+    even.lm_head.weight.zero_()  # every token as likely as the end: lengths from 1 to over 100
+    sampling("short and long responses", even, max_new_tokens=160)
+
+
+PARTS = {"tdrm": (part_tdrm, "training steps of tdrm_minimal.py against the published algorithm and TRL"),
+         "search": (part_search, "beam search against one call per prefix and candidate; sample() against generate")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Speed, measured side by side.")
+    parser.add_argument("part", nargs="?", choices=PARTS, help="none: list them")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs to measure (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs")
+    args = parser.parse_args()
+    if args.part:
+        return PARTS[args.part][0](args)
+    print(*(f"python tests/bench.py {name:<6} {what}" for name, (_, what) in PARTS.items()), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
