@@ -183,7 +183,6 @@ def prepare(model, cfg, env):
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and cfg.max_length > limit:
         raise BadInput(f"--max_length {cfg.max_length}: the model takes at most {limit} tokens")
-    model.config.use_cache = False  # no keys and values are kept while training
     model.to(env.device).train()
     if cfg.compile:
         for layer in [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]:
@@ -283,7 +282,7 @@ def load_data(cfg, tokenizer):
 
 def policy_loss(model, batch, tokens):
     """Negative log-likelihood of the response tokens, divided by `tokens`, their number in the whole global batch."""
-    logprobs = token_logprobs(model(input_ids=batch["input_ids"]).logits, batch["input_ids"])
+    logprobs = token_logprobs(model(input_ids=batch["input_ids"], use_cache=False).logits, batch["input_ids"])
     return -(logprobs * batch["response_mask"]).sum() / tokens
 
 
