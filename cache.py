@@ -21,9 +21,21 @@ class RowCache:
         self.position = torch.zeros(rows, dtype=torch.long, device=device)
         self.rows, self.used = rows, 0
 
+    def reserve(self, slots):
+        """Make room for `slots` slots a row, half as many again as there are where that is more."""
+        have = self.mask.shape[1]
+        if slots <= have:
+            return
+        self.mask = torch.nn.functional.pad(self.mask, (0, max(slots, have * 3 // 2) - have))
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = self._allocate(old).zero_()
+                tensors[layer][:, :, :self.used] = old[:, :, :self.used]
+                self.bytes, RowCache.now = self.bytes - old.nbytes, RowCache.now - old.nbytes
+
     def _allocate(self, like):
         rows, slots = self.mask.shape
-        tensor = like.new_zeros(rows, like.shape[1], slots, like.shape[3])  # (R, heads, C, head size)
+        tensor = like.new_empty(rows, like.shape[1], slots, like.shape[3])  # (R, heads, C, head size)
         self.bytes += tensor.nbytes
         RowCache.now += tensor.nbytes
         RowCache.peak = max(RowCache.peak, RowCache.now)
@@ -35,27 +47,30 @@ class RowCache:
     def update(self, keys, values, layer, *_, **__):
         """What a transformers attention layer calls: store the new (rows, heads, q, head size), return all so far."""
         if layer == len(self.keys):
-            self.keys.append(self._allocate(keys))
-            self.values.append(self._allocate(values))
+            self.keys.append(self._allocate(keys).zero_())  # attention gives padding no weight, but 0 * NaN would be NaN
+            self.values.append(self._allocate(values).zero_())
         end = self.used + keys.shape[2]
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
             store[:self.rows, :, self.used:end] = new
         return self.keys[layer][:self.rows, :, :end], self.values[layer][:self.rows, :, :end]
 
     def select(self, rows, room):
-        """A new cache of the rows `rows` (any may repeat or be left out) in this order, no holes, `room` free slots."""
+        """A new cache of the rows `rows` (any may repeat or be left out) in this order, as short as they allow, with
+        `room` free slots."""
         rows = torch.as_tensor(rows, device=self.mask.device)
         mask = self.mask[rows, :self.used]
         length = int(mask.sum(1).max()) if len(rows) else 0
-        slots = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, self.used - length:]  # real slots last, in order
+        start = self.used - length
+        packed = not mask[:, :start].any()  # the last slots are all that is needed: no slot has to move within its row
+        slots = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, start:]  # else: real slots last, in order
         new = RowCache(len(rows), length + room, self.mask.device)
-        new.mask[:, :length], new.position, new.used = mask.gather(1, slots), self.position[rows], length
-        full = bool(mask.all())
+        new.mask[:, :length] = mask[:, start:] if packed else mask.gather(1, slots)
+        new.position, new.used = self.position[rows], length
         for mine, theirs in ((self.keys, new.keys), (self.values, new.values)):
             for tensor in mine:
+                kept = tensor[:, :, start:self.used][rows] if packed else tensor[rows[:, None], :, slots].transpose(1, 2)
                 theirs.append(new._allocate(tensor))
-                theirs[-1][:, :, :length] = (tensor[rows, :, :self.used] if full
-                                             else tensor[rows[:, None], :, slots].transpose(1, 2))
+                theirs[-1][:, :, :length], theirs[-1][:, :, length:] = kept, 0
         return new
 
     def drop(self, done):
@@ -89,6 +104,7 @@ def feed(model, cache, input_ids, mask, **options):
     """Run new tokens (rows, q), `mask` True on the real ones, behind what the cache holds -> the model's output."""
     rows, q = input_ids.shape
     end = cache.used + q
+    cache.reserve(end)
     cache.mask[:rows, cache.used:end] = mask
     slots = torch.arange(end, device=input_ids.device)
     causal = slots <= slots[cache.used:, None]  # (q, end)

@@ -221,7 +221,7 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
         limits = torch.tensor([min(max_step_tokens, max_new_tokens - len(b.token_ids)) for b in parents], device=device)
         room = int(limits.max())
         rows = [b.row for b in parents]
-        cache, logits = cache.select(rows, room), logits[torch.tensor(rows, device=device)]
+        cache, logits = cache.select(rows, min(room, 16)), logits[torch.tensor(rows, device=device)]  # grows if need be
         noise = torch.from_numpy(step_noise(parents, groups, keys, seed, depth, max_step_tokens)[:, :room]).to(device)
         tokens, _, place = decode(model, cache, logits, noise, temperature, eos_id, step_end, limits)
         count["generated"] += sum(map(len, tokens))

@@ -428,10 +428,11 @@ def plot(cfg, solutions):
 
 def score_file(cfg, env):
     """`--score FILE`: every trajectory's step values, one JSON line a row in the file's order, to standard output."""
+    rows = data.read_trajectories(cfg.score)
+    rows = itertools.chain([next(rows)], rows)  # a mistake in the file shows before the model is loaded
     model_name = cfg.model or os.path.join("runs", cfg.method, "model")
     tokenizer = data.load_tokenizer(model_name)
     model = load_reward_model(model_name, sft.torch_dtype(cfg, env), new_head=False).to(env.device)
-    rows = data.read_trajectories(cfg.score)
     while chunk := list(itertools.islice(rows, 64 * env.world)):
         fit = []
         for row in chunk:
