@@ -355,8 +355,8 @@ def evaluate(cfg, values, examples):
         measures["auroc_last"] = auroc([v[-1] for v, _ in known], right)
         measures["auroc_second_last"] = auroc([v[-2] for v, _ in known], right)
         measures["auroc_middle"] = auroc([v[(len(v) - 1) // 2] for v, _ in known], right)
-        all_values, all_right = sum((v for v, _ in known), []), sum(([c] * len(v) for v, c in known), [])
-        measures["calibration_error"] = calibration_error(all_values, all_right)
+        states = [(value, correct) for v, correct in known for value in v]
+        measures["calibration_error"] = calibration_error(*zip(*states))
     errors = [(v, e["first_error"]) for v, e in zip(values, examples) if e.get("first_error") is not None]
     if errors:
         measures["first_error_f1"] = first_error_f1(*zip(*errors))
