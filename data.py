@@ -184,8 +184,9 @@ def encode_prompt(tokenizer, prompt):
 
 
 @functools.lru_cache(100_000)
-def _token_ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # cached: steps and questions recur in sampled data
+def token_ids(tokenizer, text):
+    """Ids of a step's text. Cached: steps recur in sampled data."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_trajectory(tokenizer, prompt, steps, eos=False):
@@ -197,7 +198,7 @@ def encode_trajectory(tokenizer, prompt, steps, eos=False):
     input_ids, step_ends = encode_prompt(tokenizer, prompt), []
     prompt_length = len(input_ids)
     for t, step in enumerate(steps):
-        input_ids += _token_ids(tokenizer, step + STEP_END if t < len(steps) - 1 else step)
+        input_ids += token_ids(tokenizer, step + STEP_END if t < len(steps) - 1 else step)
         step_ends.append(len(input_ids) - 1)
     return input_ids + [tokenizer.eos_token_id] * eos, prompt_length, step_ends
 

@@ -238,7 +238,7 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
                 where.append(i)
         candidates = list(candidates.values())
         new_step = [len(b.steps) > len(parents[i].steps) for b, i in zip(candidates, where)]
-        steps = [data._token_ids(prm_tokenizer, b.steps[-1] + ("" if b.finished else data.STEP_END)) if new else []
+        steps = [data.token_ids(prm_tokenizer, b.steps[-1] + ("" if b.finished else data.STEP_END)) if new else []
                  for b, new in zip(candidates, new_step)]
         ids, mask = pad(steps, "right", device)
         prm_cache = prm_cache.select([parents[i].row for i in where], ids.shape[1])
@@ -346,7 +346,8 @@ def in_chunks(cfg, env, count, at_once, work):
                     records.update({r["index"]: r for r in map(json.loads, (line for line in f if line.endswith("\n")))})
         return records
 
-    todo = [i for i in range(count) if i not in read()][env.rank::env.world]
+    done = read()
+    todo = [i for i in range(count) if i not in done][env.rank::env.world]
     sft.barrier(env)  # nobody writes while another still reads
     path = os.path.join(folder, f"rank{env.rank}.jsonl")
     if os.path.exists(path):  # a line that was cut short must not swallow the next one
@@ -362,28 +363,33 @@ def in_chunks(cfg, env, count, at_once, work):
     return [record for _, record in sorted(read().items())]
 
 
-def score_texts(prm, tokenizer, prompt, texts, env, max_length=10**9):
+def score_texts(prm, tokenizer, prompt, texts, env):
     """Step values of each response of one prompt; equal responses are scored once -> (list of lists, tokens scored)."""
     distinct = {text: data.split_steps(text) for text in texts}
     rows = [{"prompt": prompt, "completions": steps} for steps in distinct.values() if steps]
     if not rows:
         return [[] for _ in texts], 0
-    examples, _ = data.encode_rows(rows, tokenizer, max_length)
+    examples, _ = data.encode_rows(rows, tokenizer, max_length=10**9)
     alone = dataclasses.replace(env, rank=0, world=1)  # each process has its own problems
     values = iter(tdrm.score_rows(prm, examples, tokenizer.pad_token_id, alone))
     by_text = {text: next(values) if steps else [] for text, steps in distinct.items()}
     return [by_text[text] for text in texts], sum(len(e["input_ids"]) for e in examples)
 
 
+def load_policy(cfg, env, level):
+    """-> model, tokenizer; the built-in policy is trained first where it is not there yet."""
+    from transformers import AutoModelForCausalLM
+    name = cfg.model or sft.builtin_policy(level or "builtin", env)
+    tokenizer = data.load_tokenizer(name)
+    return data.load_model(AutoModelForCausalLM, name, dtype=sft.torch_dtype(cfg, env)).to(env.device).eval(), tokenizer
+
+
 def search(cfg, env, level):
     """Every method on every problem -> the table's rows (also in summary.json)."""
     # 1) Policy, reward models, problems. A problem that leaves no room for a response is reported and counted.
-    from transformers import AutoModelForCausalLM
     dtype = sft.torch_dtype(cfg, env)
-    policy_name = cfg.model or sft.builtin_policy(level or "builtin", env)
+    model, tokenizer = load_policy(cfg, env, level)
     prms = [] if cfg.prm == ("none",) else list(cfg.prm) or [tdrm.builtin_reward_model(level or "builtin", env)]
-    tokenizer = data.load_tokenizer(policy_name)
-    model = data.load_model(AutoModelForCausalLM, policy_name, dtype=dtype).to(env.device).eval()
     models = {}
     for name in prms:
         try:
@@ -416,8 +422,9 @@ def search(cfg, env, level):
         def timed(name, function, *args, **kwargs):
             start = time.time()
             result = function(*args, **kwargs)
+            seconds = (time.time() - start) / len(chunk)
             for record in records:
-                record["seconds"][name] = (time.time() - start) / len(chunk)
+                record["seconds"][name] = seconds
             return result
 
         RowCache.peak = RowCache.now
@@ -433,7 +440,7 @@ def search(cfg, env, level):
             found = [data.extract_answer(s.text) for s in mine]
             record |= {"texts": [s.text for s in mine], "right": [data.verify(s.text, gold) for s in mine],
                        "keys": [None if a is None else seen.setdefault(data.answer_key(a), len(seen)) for a in found],
-                       "greedy": data.verify(one[0].text, gold), "truncated": sum(not s.finished for s in mine)}
+                       "greedy": data.verify(one[0].text, gold)}
             record["generated"] |= {"samples": sum(len(s.token_ids) for s in mine), "greedy": len(one[0].token_ids)}
         for name, (prm, prm_tokenizer) in models.items():
             def score_all():
@@ -457,7 +464,7 @@ def search(cfg, env, level):
     records = in_chunks(cfg, env, len(problems), max(1, cfg.rows_at_once // most), work)
 
     # 3) The table, the samples, and one search to look at.
-    rows = table(cfg, records, list(models))
+    rows = table(cfg, records)
     if env.rank == 0:
         print_table(rows, len(records))
         left_out = len(fits) - len(problems)
@@ -479,7 +486,7 @@ def prm_name(path, all_paths):
     return short(path) if [short(p) for p in all_paths].count(short(path)) == 1 else path
 
 
-def table(cfg, records, names):
+def table(cfg, records):
     """Records -> [{method, n, accuracy, stderr, generated, scored, seconds}], per problem."""
     rows = []
 
@@ -553,12 +560,9 @@ def show_search(cfg, question, name, model, tokenizer, prm, prm_tokenizer, sampl
 def label(cfg, env, level):
     """`--label_rollouts K`: the label of step t is estimated from K rollouts of the policy from the prefix that ends with
     step t; the last step's is the outcome itself. Writes labelled.jsonl."""
-    from transformers import AutoModelForCausalLM
     if level:
         raise BadInput("--label_rollouts: --data must be trajectory files")
-    policy_name = cfg.model or sft.builtin_policy("builtin", env)
-    tokenizer = data.load_tokenizer(policy_name)
-    model = data.load_model(AutoModelForCausalLM, policy_name, dtype=sft.torch_dtype(cfg, env)).to(env.device).eval()
+    model, tokenizer = load_policy(cfg, env, level)
     rows = list(data.read_trajectories(cfg.data))[:cfg.problems or None]
     limit = longest_context(model.config) - cfg.max_new_tokens
     for row in rows:
@@ -568,7 +572,7 @@ def label(cfg, env, level):
     def work(chunk):
         prefixes, owners = [], []
         for i in chunk:
-            ids, prompt_length, ends = data.encode_trajectory(tokenizer, rows[i]["prompt"], rows[i]["completions"])
+            ids, _, ends = data.encode_trajectory(tokenizer, rows[i]["prompt"], rows[i]["completions"])
             for t, end in enumerate(ends[:-1]):
                 if end + 1 <= limit:
                     prefixes.append(ids[:end + 1])

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import signal
 import subprocess
 import sys
 
@@ -446,15 +445,6 @@ def first_batch(home, tmp_path_factory):
                     tdrm.main(cfg, Env())
         return done[name]
     yield catch
-
-
-@pytest.fixture(autouse=True)
-def signals_as_before():
-    """A run in this process takes over Ctrl-C."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def gradients(model, examples, micro_batch_size, loss_fn):

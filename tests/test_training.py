@@ -143,15 +143,6 @@ def home(tmp_path_factory):
     return home
 
 
-@pytest.fixture(autouse=True)
-def signals_as_before():
-    """A run in this process takes over Ctrl-C."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def settings(script, home, out, **more):
     options = {"model": str(home / "policy"), "data": (str(home / "rows.jsonl"),), "out": str(out), "steps": 6, "batch_size": 8,
                "max_length": 128, "lr": 1e-3, "save_every": 2, "eval_every": 3, **more}
