@@ -34,6 +34,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint as recompute
 
 import data
 from data import BadInput
@@ -76,9 +77,39 @@ class Config(TrainConfig):
 # --------------------------------------------------------------------------------------------------
 # The maths of a step: loss, schedule, gradients, optimizer.
 
-def token_logprobs(logits, input_ids):
-    """log pi(input_ids[:, t+1] | input_ids[:, :t+1]) in fp32; logits (B, T, V), input_ids (B, T) -> (B, T-1)."""
-    return -F.cross_entropy(logits[:, :-1].float().transpose(1, 2), input_ids[:, 1:], reduction="none")
+def token_logprobs(model, input_ids, mask, temperature=1.0, at_once=2**25):
+    """log pi(input_ids[:, t+1] | input_ids[:, :t+1]) in fp32, and the entropy of that distribution (no gradient), where
+    `mask` (B, T-1) is True, 0 elsewhere: input_ids (B, T) -> two (B, T-1).
+
+    Only the tokens asked for go through the vocabulary projection, `at_once` logits at a time, and the backward pass
+    makes them again: the array (tokens x vocabulary) is never there whole.
+    """
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][mask]  # (n, hidden)
+    targets, head = input_ids[:, 1:][mask], model.get_output_embeddings()
+
+    def project(hidden, targets):
+        logp = F.log_softmax(head(hidden).float() / temperature, dim=-1)  # (tokens of a chunk, V)
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+        return logp.gather(1, targets[:, None])[:, 0], entropy
+
+    size = max(1, at_once // head.weight.shape[0])
+    if len(hidden) <= size:
+        parts = [project(hidden, targets)]
+    else:
+        parts = [recompute(project, h, t, use_reentrant=False) for h, t in zip(hidden.split(size), targets.split(size))]
+    blank = hidden.new_zeros(mask.shape, dtype=torch.float32)
+    return tuple(blank.masked_scatter(mask, torch.cat(column)) for column in zip(*parts))
+
+
+class Policy(torch.nn.Module):
+    """A causal LM as the map from tokens to their log-probs. DDP needs the forward to be one module's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, mask, temperature=1.0):
+        return token_logprobs(self.model, input_ids, mask, temperature)
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -128,31 +159,34 @@ class MasterAdamW(torch.optim.Optimizer):
 
     def __init__(self, params, **options):
         super().__init__(params, options)
-        groups = [{**group, "params": [p if p.dtype == torch.float32 else p.detach().float() for p in group["params"]]}
-                  for group in self.param_groups]
-        self.copies = [(p, m) for group, g in zip(self.param_groups, groups)
-                       for p, m in zip(group["params"], g["params"]) if p is not m]
+        self.masters = {p: p if p.dtype == torch.float32 else p.detach().float()
+                        for group in self.param_groups for p in group["params"]}
+        groups = [{**group, "params": [self.masters[p] for p in group["params"]]} for group in self.param_groups]
         self.adamw = torch.optim.AdamW(groups, fused=True)
 
     @torch.no_grad()
     def step(self):
         for group, mine in zip(self.adamw.param_groups, self.param_groups):
             group["lr"] = mine["lr"]
-        for p, master in self.copies:
+        copies = [(p, master) for p, master in self.masters.items() if p is not master]
+        for p, master in copies:
             master.grad = p.grad.float()
         self.adamw.step()
-        for p, master in self.copies:
+        for p, master in copies:
             p.copy_(master)
             master.grad = None
 
-    def state_dict(self):
-        return {"adamw": self.adamw.state_dict(), "masters": [master for _, master in self.copies]}
+    def states(self):
+        """{parameter: its moments, and its master where that is a copy}: nothing depends on how these are sharded."""
+        return {p: self.adamw.state[master] | ({} if p is master else {"master": master})
+                for p, master in self.masters.items()}
 
     @torch.no_grad()
-    def load_state_dict(self, state):
-        self.adamw.load_state_dict(state["adamw"])
-        for (_, master), saved in zip(self.copies, state["masters"]):
-            master.copy_(saved)
+    def load_state(self, p, state):
+        master, state = self.masters[p], {name: tensor.to(p.device, copy=True) for name, tensor in state.items()}
+        if p is not master:
+            master.copy_(state.pop("master"))
+        self.adamw.state[master] = state
 
 
 def make_optimizer(model, cfg, env):
@@ -176,8 +210,9 @@ def torch_dtype(cfg, env):
     return getattr(torch, name)
 
 
-def prepare(model, cfg, env):
-    """Move the model to its device, check what it can take, switch checkpointing on, wrap in DDP -> module, wrapped."""
+def prepare(model, cfg, env, view=None):
+    """Move the model to its device, check what it can take, switch checkpointing on, wrap `view(model)`, or the model
+    itself, in DDP -> model, wrapped."""
     if cfg.batch_size < env.world:
         raise BadInput(f"--batch_size {cfg.batch_size}: fewer rows than the {env.world} processes")
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -189,9 +224,10 @@ def prepare(model, cfg, env):
             layer.compile(dynamic=True)  # layer by layer: one compilation serves all of them
     if cfg.grad_checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    module = view(model) if view else model
     if env.world == 1:
-        return model, model
-    return model, DDP(model, device_ids=[env.device] if env.device.type == "cuda" else None,
+        return model, module
+    return model, DDP(module, device_ids=[env.device] if env.device.type == "cuda" else None,
                       gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
@@ -217,9 +253,10 @@ def save_model(folder, model, tokenizer):
 # --------------------------------------------------------------------------------------------------
 # Checkpoints.
 
-def save_checkpoint(cfg, env, step, model, tokenizer, optimizer):
+def save_checkpoint(cfg, env, step, model, tokenizer, optimizer, **others):
     """All of a run's state after `step` steps, as state/step_N. It appears by one rename when every process has written
-    its part, so a run killed at any moment finds either this checkpoint or the one before."""
+    its part, so a run killed at any moment finds either this checkpoint or the one before. Further models of the run
+    come as name=(model, tokenizer, optimizer) and are saved in a folder of that name."""
     folder = os.path.join(cfg.out, "state", f"step_{step:08d}")
     if os.path.exists(folder):
         return
@@ -228,13 +265,15 @@ def save_checkpoint(cfg, env, step, model, tokenizer, optimizer):
         shutil.rmtree(tmp, ignore_errors=True)  # what a run killed while saving left behind
         os.makedirs(tmp)
     barrier(env)
-    local = optimizer.optim if env.world > 1 else optimizer  # sharded: each process writes its own part
-    state = {"step": step, "world": env.world, "optimizer": local.state_dict(), "rng": torch.get_rng_state(),
-             "cuda_rng": torch.cuda.get_rng_state() if env.device.type == "cuda" else None}
+    models = {"": (model, tokenizer, optimizer)} | others
+    state = {"step": step, "world": env.world, "rng": torch.get_rng_state(),
+             "cuda_rng": torch.cuda.get_rng_state() if env.device.type == "cuda" else None,
+             "optimizers": {name: optimizer_states(m, opt) for name, (m, _, opt) in models.items()}}
     torch.save(state, os.path.join(tmp, f"rank{env.rank}.pt"))
     if env.rank == 0:
-        model.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
+        for name, (m, tok, _) in models.items():
+            m.save_pretrained(os.path.join(tmp, name))
+            tok.save_pretrained(os.path.join(tmp, name))
     barrier(env)
     if env.rank == 0:
         os.rename(tmp, folder)
@@ -243,19 +282,36 @@ def save_checkpoint(cfg, env, step, model, tokenizer, optimizer):
                 shutil.rmtree(os.path.join(cfg.out, "state", name))
 
 
-def load_checkpoint(folder, env, optimizer):
-    """Optimizer and random state from a checkpoint (the weights are loaded as from any model folder) -> steps done."""
-    path = os.path.join(folder, f"rank{env.rank}.pt")
-    written_by = sum(name.endswith(".pt") for name in os.listdir(folder))
-    if written_by != env.world:
-        raise BadInput(f"--resume: {folder} was written by {written_by} processes and this run has {env.world}; "
-                       "start as many")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    (optimizer.optim if env.world > 1 else optimizer).load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    return state["step"]
+def optimizer_states(model, optimizer):
+    """{index of a parameter in model.parameters(): its state}, for those whose state this process holds."""
+    states = getattr(optimizer, "optim", optimizer).states()  # `optim`: this process's share of a sharded one
+    return {i: states[p] for i, p in enumerate(model.parameters()) if p in states}
+
+
+def load_checkpoint(folder, env, model, optimizer, **others):
+    """Optimizer and random state from a checkpoint (the weights are loaded as from any model folder) -> steps done.
+
+    On another number of processes each takes the masters and moments it now holds from whichever wrote them."""
+    try:
+        files = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".pt")]
+        states = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in files]
+        if not states or len(states) != states[0]["world"]:
+            raise BadInput(f"{len(states)} of its rank files are there")
+        for name, (model, optimizer) in ({"": (model, optimizer)} | others).items():
+            local, saved = getattr(optimizer, "optim", optimizer), {}
+            for state in states:
+                saved |= state["optimizers"][name]
+            for i, p in enumerate(model.parameters()):
+                if p in local.masters:
+                    local.load_state(p, saved[i])
+    except Exception as error:  # a damaged file raises almost anything
+        raise BadInput(f"--resume: the checkpoint {folder} is damaged ({str(error).splitlines()[0]}); without it, "
+                       "--resume takes the one before or starts again") from None
+    if len(states) == env.world:
+        torch.set_rng_state(states[env.rank]["rng"].clone())
+        if states[env.rank]["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(states[env.rank]["cuda_rng"].clone())
+    return states[0]["step"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,10 +336,9 @@ def load_data(cfg, tokenizer):
     return examples, held_out[:cfg.eval_problems], dropped
 
 
-def policy_loss(model, batch, tokens):
+def sft_loss(policy, batch, tokens):
     """Negative log-likelihood of the response tokens, divided by `tokens`, their number in the whole global batch."""
-    logprobs = token_logprobs(model(input_ids=batch["input_ids"], use_cache=False).logits, batch["input_ids"])
-    return -(logprobs * batch["response_mask"]).sum() / tokens
+    return -policy(batch["input_ids"], batch["response_mask"])[0].sum() / tokens
 
 
 @torch.no_grad()
@@ -328,10 +383,10 @@ def main(cfg, env):
         model = data.load_model(AutoModelForCausalLM, checkpoint or cfg.model, dtype=torch_dtype(cfg, env))
     else:
         model = new_policy(tokenizer, cfg.seed).to(torch_dtype(cfg, env))
-    model, wrapped = prepare(model, cfg, env)
+    model, wrapped = prepare(model, cfg, env, Policy)
     data.check_ids(model, examples, cfg.model)
     optimizer = make_optimizer(model, cfg, env)
-    start = load_checkpoint(checkpoint, env, optimizer) if checkpoint else 0
+    start = load_checkpoint(checkpoint, env, model, optimizer) if checkpoint else 0
 
     # 3) The loop. Stopped by a signal, it saves what it has; all must agree to stop: the flag is summed with the loss.
     open_run(cfg, env)
@@ -344,7 +399,7 @@ def main(cfg, env):
 
         def loss_fn(micro):
             tensors = {k: v.to(env.device) for k, v in data.collate(micro, tokenizer.pad_token_id).items()}
-            return policy_loss(wrapped, tensors, tokens)
+            return sft_loss(wrapped, tensors, tokens)
 
         loss = accumulate_gradients(wrapped, local_rows(batch, env), cfg.micro_batch_size, loss_fn, env)
         lr = learning_rate(step, steps, cfg.lr, cfg.warmup)

@@ -245,7 +245,7 @@ def main(cfg, env):
     model, wrapped = sft.prepare(model, cfg, env)
     data.check_ids(model, examples, cfg.model)
     optimizer = sft.make_optimizer(model, cfg, env)
-    start = sft.load_checkpoint(checkpoint, env, optimizer) if checkpoint else 0
+    start = sft.load_checkpoint(checkpoint, env, model, optimizer) if checkpoint else 0
 
     # 2) The loop.
     sft.open_run(cfg, env)
