@@ -226,7 +226,7 @@ def encode_rows(rows, tokenizer, max_length, eos=False):
 
 def hold_out(rows, fraction=0.05):
     """-> train rows, held-out rows, cut by question: none is in both. The cut depends on the questions' texts alone."""
-    key = lambda row: zlib.crc32(str(row["prompt"]).encode())  # noqa: E731
+    key = lambda row: zlib.crc32(str(row.get("prompt") or row["question"]).encode())  # noqa: E731
     keys = sorted({key(row) for row in rows})
     if len(keys) < 2:
         raise BadInput("--data: all trajectories have the same question; at least two are needed to hold one out "

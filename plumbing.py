@@ -2,7 +2,7 @@
 
     Config    a frozen dataclass whose fields become the command line, one line an option: opt(default, help, range)
     launch    parse, join torchrun's processes, run main(cfg, env); what a user can mend is one line and exit status 1
-    Env       this process among the others: rank, world, device; all_sum, barrier
+    Env       this process among the others: rank, world, device; all_sum, merge, barrier
     open_run  the run's folder: config.json, metrics.jsonl (Log), summary.json (write_json), state/
 """
 import argparse
@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import signal
 import sys
 from dataclasses import dataclass
@@ -108,6 +109,22 @@ def all_sum(*numbers, env):
     if env.world > 1:
         dist.all_reduce(totals)
     return totals.tolist()
+
+
+def merge(mine, env):
+    """The union of all processes' dicts, on every one of them."""
+    if env.world == 1:
+        return mine
+    parts = [None] * env.world
+    dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def peak_mib(env):
+    """Most memory this process has had so far: the GPU's, without one its own."""
+    if env.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def barrier(env):

@@ -35,12 +35,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
 import sft_minimal as sft
 from data import BadInput
+from plumbing import merge
 from sft_minimal import opt
 
 
@@ -188,10 +188,7 @@ def score_rows(model, examples, pad_id, env, rows_at_once=64):
         logits = step_values(model, batch["input_ids"].to(env.device), None, batch["step_ends"].to(env.device))
         values.update(zip(rows, (row[mask].tolist() for row, mask in zip(logits.sigmoid().cpu(), batch["step_mask"]))))
     model.train()
-    if env.world > 1:
-        parts = [None] * env.world
-        dist.all_gather_object(parts, values)
-        values = {i: v for part in parts for i, v in part.items()}
+    values = merge(values, env)
     return [values[i] for i in range(len(examples))]
 
 
