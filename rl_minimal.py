@@ -39,6 +39,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 import search_minimal as search
@@ -170,11 +171,22 @@ def encode_for(tokenizer, rows):
     return examples
 
 
+def distinct(rows):
+    """Equal responses to a question go through a model once: -> the different rows, each with its number as "copies"."""
+    copies = Counter(tuple(row["input_ids"]) for row in rows)
+    return [row | {"copies": copies[ids]} for ids, row in {tuple(row["input_ids"]): row for row in rows}.items()]
+
+
+def for_each(rows, different, results):
+    """The `results` of the different rows, handed back to all rows."""
+    known = {tuple(row["input_ids"]): result for row, result in zip(different, results)}
+    return [known[tuple(row["input_ids"])] for row in rows]
+
+
 def value_rollouts(prm, examples, pad_id, env):
-    """Step values of each rollout, equal ones valued once."""
-    distinct = {tuple(e["input_ids"]): e for e in examples}
-    values = dict(zip(distinct, tdrm.score_rows(prm, list(distinct.values()), pad_id, env)))
-    return [values[tuple(e["input_ids"])] for e in examples]
+    """Step values of each rollout."""
+    different = distinct(examples)
+    return for_each(examples, different, tdrm.score_rows(prm, different, pad_id, env))
 
 
 def train_reward_model(wrapped, prm, optimizer, examples, pad_id, cfg, env):
@@ -185,9 +197,11 @@ def train_reward_model(wrapped, prm, optimizer, examples, pad_id, cfg, env):
         tensors = {k: v.to(env.device) for k, v in data.collate(micro, pad_id).items()}
         logits = tdrm.step_values(wrapped, tensors["input_ids"], None, tensors["step_ends"])
         targets, weights = tdrm.targets_and_weights(defaults, logits, tensors, labelled=False)
-        return (torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none") * weights).sum() / states
+        weights = weights * torch.tensor([[e["copies"]] for e in micro], device=env.device)
+        return (F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * weights).sum() / states
 
-    sft.accumulate_gradients(wrapped, sft.local_rows(examples, env), cfg.micro_batch_size, loss_fn, env)
+    mine = sft.local_rows(distinct(examples), env) or [examples[0] | {"copies": 0}]
+    sft.accumulate_gradients(wrapped, mine, cfg.micro_batch_size, loss_fn, env)
     return sft.optimizer_step(prm, optimizer, cfg.prm_lr, cfg.grad_clip)
 
 
@@ -208,36 +222,32 @@ def to_tensors(rows, pad_id, device):
 @torch.no_grad()
 def score_logprobs(model, rows, cfg, env, pad_id, rows_at_once=64):
     """log pi of every response token under `model`: an array per row. Split over the processes, known to all."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))[env.rank::env.world]
-    mine, size = {}, cfg.micro_batch_size or rows_at_once
+    different, mine, size = distinct(rows), {}, cfg.micro_batch_size or rows_at_once
+    order = sorted(range(len(different)), key=lambda i: len(different[i]["input_ids"]))[env.rank::env.world]
     for part in (order[i:i + size] for i in range(0, len(order), size)):
-        tensors = to_tensors([rows[i] for i in part], pad_id, env.device)
+        tensors = to_tensors([different[i] for i in part], pad_id, env.device)
         logprobs, _ = sft.token_logprobs(model, tensors["input_ids"], tensors["response_mask"], cfg.temperature)
         mine.update({i: row[m].cpu().numpy() for i, row, m in zip(part, logprobs, tensors["response_mask"])})
     scored = merge(mine, env)
-    return [scored[i] for i in range(len(rows))]
+    return for_each(rows, different, [scored[i] for i in range(len(different))])
 
 
 def update_policy(policy, model, optimizer, rows, lr, cfg, env, pad_id):
     """The clipped policy gradient over a step's rollouts -> metrics. `rows` need "old_logprobs" and "advantages", an
-    array each with one number per response token, and "ref_logprobs" where there is a KL term. Equal responses to a
-    question have equal advantages: they go through the model once, weighted by their number."""
+    array each with one number per response token, and "ref_logprobs" where there is a KL term."""
     size, totals, deviation, norms = cfg.batch_size or len(rows), np.zeros(4), 0.0, []
     for epoch, begin in itertools.product(range(cfg.inner_epochs), range(0, len(rows), size)):
         batch = rows[begin:begin + size]
         tokens = sum(len(row["old_logprobs"]) for row in batch)  # of the global batch
         count = len(batch) * cfg.max_new_tokens if cfg.estimator == "dr_grpo" else tokens
-        copies = Counter(tuple(row["input_ids"]) for row in batch)
-        batch = list({tuple(row["input_ids"]): row for row in batch}.values())
-        # A process without a row takes part with one that has no response: the others would wait for it.
-        empty = batch[0] | {"prompt_length": len(batch[0]["input_ids"])} | {
-            name: np.zeros(0) for name in ("old_logprobs", "ref_logprobs", "advantages") if name in batch[0]}
+        batch = distinct(batch)  # and their advantages are equal
+        mine = sft.local_rows(batch, env) or [batch[0] | {"copies": 0}]  # without a row: the others would wait for it
         sums, largest = torch.zeros(3), [0.0]
 
         def loss_fn(micro):
             b = to_tensors(micro, pad_id, env.device)
             mask, old_logprobs = b["response_mask"], b["old_logprobs"]
-            weight = mask * torch.tensor([[copies[tuple(row["input_ids"])]] for row in micro], device=env.device)
+            weight = mask * torch.tensor([[row["copies"]] for row in micro], device=env.device)
             logprobs, entropy = policy(b["input_ids"], mask, cfg.temperature)
             loss = policy_loss(logprobs, old_logprobs, b["advantages"], weight, cfg.clip_eps, count)
             if "ref_logprobs" in b:
@@ -249,7 +259,7 @@ def update_policy(policy, model, optimizer, rows, lr, cfg, env, pad_id):
             largest.append((ratio - 1).abs().max().item())
             return loss
 
-        sft.accumulate_gradients(policy, sft.local_rows(batch, env) or [empty], cfg.micro_batch_size, loss_fn, env)
+        sft.accumulate_gradients(policy, mine, cfg.micro_batch_size, loss_fn, env)
         norms.append(sft.optimizer_step(model, optimizer, lr, cfg.grad_clip))
         totals += [*sft.all_sum(*sums.tolist(), env=env), tokens]
         if epoch == begin == 0:  # the policy is still the one that sampled
@@ -296,9 +306,7 @@ def main(cfg, env):
         if cfg.prm_lr:
             prm, wrapped_prm = sft.prepare(prm, cfg, env)
             others["prm"] = (prm, prm_tokenizer, sft.make_optimizer(prm, cfg, env))
-    start = 0
-    if checkpoint:
-        start = sft.load_checkpoint(checkpoint, env, model, optimizer, **{k: (m, o) for k, (m, _, o) in others.items()})
+    start = load_state(checkpoint, env, model, optimizer, others)
 
     sft.open_run(cfg, env)
     log, stopping = sft.Log(cfg, env, start, cfg.steps), sft.catch_signals()
@@ -346,26 +354,33 @@ def main(cfg, env):
         clock.append(time.time())
 
         # 5) Log, evaluate, save.
-        stop, = sft.all_sum(bool(stopping), env=env)
         skipped += metrics.pop("skipped", 0)
-        done = step + 1
-        metrics |= {"lr": rise(cfg, step), "skipped": skipped, "questions": done * cfg.prompts_per_step, "peak_mib": peak_mib(env)}
-        metrics |= {f"seconds_{what}": b - a for what, a, b in zip(("sampling", "scoring", "update"), clock, clock[1:])}
-        if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
-            metrics |= evaluate(model, tokenizer, held_out, cfg, env)
-        log.row(done, **metrics)
-        log.advance(verifiable=metrics["verifiable"], reward=metrics["reward"], length=metrics["response_length"])
-        if cfg.show_every and done % cfg.show_every == 0:
-            show(env, f"step {done}, {'right' if rows[0]['correct'] else 'wrong'}, reward {rewards[0]:.2f}", rows[0],
-                 values[0] if prm else None)
-        if stop or done == cfg.steps or (cfg.save_every and done % cfg.save_every == 0):
-            sft.save_checkpoint(cfg, env, done, model, tokenizer, optimizer, **others)
-        if stop:
-            log.close()
-            env.print(f"stopped after step {done} of {cfg.steps}; --resume continues")
+        metrics |= {"skipped": skipped, "questions": (step + 1) * cfg.prompts_per_step}
+        if end_of_step(cfg, env, log, step, metrics, clock, model, tokenizer, held_out, optimizer, others, stopping):
             return None
+        if cfg.show_every and (step + 1) % cfg.show_every == 0:
+            show(env, f"step {step + 1}, {'right' if rows[0]['correct'] else 'wrong'}, reward {rewards[0]:.2f}", rows[0],
+                 values[0] if prm else None)
     log.close()
     return finish(cfg, env, model, tokenizer, held_out, start_time, skipped, **others)
+
+
+def end_of_step(cfg, env, log, step, metrics, clock, model, tokenizer, held_out, optimizer, others, stopping):
+    """Evaluate, log and save where it is time to -> whether to stop here."""
+    done = step + 1
+    metrics |= {"lr": rise(cfg, step), "peak_mib": peak_mib(env)}
+    metrics |= {f"seconds_{what}": b - a for what, a, b in zip(("sampling", "scoring", "update"), clock, clock[1:])}
+    if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
+        metrics |= evaluate(model, tokenizer, held_out, cfg, env)
+    log.row(done, **metrics)
+    log.advance(verifiable=metrics["verifiable"], reward=metrics["reward"], length=metrics["response_length"])
+    stop, = sft.all_sum(bool(stopping), env=env)
+    if stop or done == cfg.steps or (cfg.save_every and done % cfg.save_every == 0):
+        sft.save_checkpoint(cfg, env, done, model, tokenizer, optimizer, **others)
+    if stop:
+        log.close()
+        env.print(f"stopped after step {done} of {cfg.steps}; --resume continues")
+    return stop
 
 
 def finish(cfg, env, model, tokenizer, held_out, start_time, skipped, **others):
@@ -399,11 +414,21 @@ def check(cfg, level, env):
 
 def load_policy(cfg, env, checkpoint):
     """-> model, tokenizer, the policy to train (in DDP), the initial policy (None without a KL term)."""
+    tokenizer = data.load_tokenizer(checkpoint or cfg.model)
+    model, policy = sft.prepare(load_causal_lm(checkpoint or cfg.model, cfg, env), cfg, env, sft.Policy)
+    return model, tokenizer, policy, load_causal_lm(cfg.model, cfg, env).to(env.device).eval() if cfg.kl_coef else None
+
+
+def load_causal_lm(name, cfg, env):
     from transformers import AutoModelForCausalLM
-    load = lambda name: data.load_model(AutoModelForCausalLM, name, dtype=sft.torch_dtype(cfg, env))  # noqa: E731
-    tokenizer, model = data.load_tokenizer(checkpoint or cfg.model), load(checkpoint or cfg.model)
-    model, policy = sft.prepare(model, cfg, env, sft.Policy)
-    return model, tokenizer, policy, load(cfg.model).to(env.device).eval() if cfg.kl_coef else None
+    return data.load_model(AutoModelForCausalLM, name, dtype=sft.torch_dtype(cfg, env))
+
+
+def load_state(checkpoint, env, model, optimizer, others):
+    """All optimizers' states from a checkpoint -> steps done; 0 without one."""
+    if not checkpoint:
+        return 0
+    return sft.load_checkpoint(checkpoint, env, model, optimizer, **{k: (m, o) for k, (m, _, o) in others.items()})
 
 
 def load_problems(cfg, level, model, tokenizer, env):
