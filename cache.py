@@ -79,10 +79,9 @@ class RowCache:
     def branch(self, parents):
         """Go on with one row for each of `parents`: ascending numbers of rows in the batch, repeated where a row forks,
         left out where it ends -> the row of each; where every old row is now."""
-        again = torch.nn.functional.pad(parents.diff(), (1, 0), value=1) == 0  # the first child goes on in place
+        moved = torch.arange(len(self.mask), device=parents.device)
         ended = torch.ones(self.stop - self.start, dtype=torch.bool, device=parents.device)
         ended[parents - self.start] = False
-        moved = torch.arange(len(self.mask), device=parents.device)
         if count := int(ended.sum()):  # swap them to the front of the batch, then out of it
             live = self.start + (~ended[:count]).nonzero()[:, 0]
             over = self.start + count + ended[count:].nonzero()[:, 0]  # as many
@@ -90,10 +89,12 @@ class RowCache:
             moved[live], moved[over] = over, live
             self.start += count
         rows = moved[parents]
-        forks = torch.arange(self.stop, self.stop + int(again.sum()), device=parents.device)
-        self._copy(forks, rows[again])
-        rows[again] = forks
-        self.stop += len(forks)
+        if forks := len(parents) - (self.stop - self.start):  # a row's first child goes on in its place
+            again = torch.nn.functional.pad(parents.diff(), (1, 0), value=1) == 0
+            new = torch.arange(self.stop, self.stop + forks, device=parents.device)
+            self._copy(new, rows[again])
+            rows[again] = new
+            self.stop += forks
         return rows, moved
 
     def _copy(self, to, source):
@@ -124,7 +125,7 @@ def feed(model, cache, input_ids, mask, **options):
     causal = slots <= slots[cache.used:, None]  # (q, end)
     itself = slots == slots[cache.used:, None]  # padding sees itself: no row is empty
     attention = cache.mask[batch, None, :end] & causal | itself
-    bias = torch.zeros(attention.shape, dtype=model.dtype, device=input_ids.device).masked_fill(~attention, -torch.inf)
+    bias = torch.where(attention, 0.0, -torch.inf).to(model.dtype)
     positions = (cache.position[batch, None] + mask.cumsum(1) - 1).clamp(min=0)
     output = model(input_ids=input_ids, attention_mask=bias[:, None], position_ids=positions,
                    past_key_values=cache, use_cache=True, **options)

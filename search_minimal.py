@@ -114,9 +114,8 @@ def decode(model, cache, ids, mask, place, noise, temperature, eos_id, step_end=
     values, of all but its last token, which has not been read. (Behind them may be those of samples that went on.)
     """
     samples, length = noise.shape
-    tokens = torch.zeros(samples, length, dtype=torch.long, device=noise.device)
+    tokens = torch.full((samples, length), -1, device=noise.device)
     logprobs = torch.zeros(samples, length, device=noise.device)
-    lengths = torch.zeros(samples, dtype=torch.long, device=noise.device)
     newline = torch.zeros(samples, dtype=torch.bool, device=noise.device)  # does the text end in a newline,
     has_text = newline.clone()  # and is there any
     live, begin = torch.arange(samples, device=noise.device), cache.used + ids.shape[1]
@@ -125,7 +124,6 @@ def decode(model, cache, ids, mask, place, noise, temperature, eos_id, step_end=
         logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)[place[live] - cache.start]  # (live, V)
         chosen = pick(logp, noise[live, t]) if temperature else logp.argmax(-1)
         tokens[live, t], logprobs[live, t] = chosen, logp.gather(1, chosen[:, None])[:, 0]
-        lengths[live] = t + 1
         done = chosen == eos_id
         if limits is not None:
             done |= limits[live] <= t + 1
@@ -133,7 +131,8 @@ def decode(model, cache, ids, mask, place, noise, temperature, eos_id, step_end=
             has_text[live] |= step_end.text[chosen]
             done |= (step_end.blank[chosen] | (newline[live] & step_end.starts[chosen])) & has_text[live]
             newline[live] = step_end.ends[chosen]
-        live, chosen = live[~done], chosen[~done]
+        going = ~done
+        live, chosen = live[going], chosen[going]
         if t + 1 == length or not len(live):
             break
         size = logp.shape[1]
@@ -143,6 +142,7 @@ def decode(model, cache, ids, mask, place, noise, temperature, eos_id, step_end=
         place[live] = rows[pair]
         ids = (pairs % size)[rows.argsort(), None]
         mask = torch.ones_like(ids, dtype=torch.bool)
+    lengths = (tokens >= 0).sum(1)
     slots = begin + lengths - 1
     lengths, tokens, logprobs = lengths.tolist(), tokens.tolist(), logprobs.tolist()
     return [x[:n] for x, n in zip(tokens, lengths)], [x[:n] for x, n in zip(logprobs, lengths)], place, slots
