@@ -367,17 +367,18 @@ def in_chunks(cfg, env, count, at_once, work):
     return [record for _, record in sorted(read().items())]
 
 
-def score_texts(prm, tokenizer, prompt, texts, env):
-    """Step values of each response of one prompt; equal responses are scored once -> (list of lists, tokens scored)."""
-    distinct = {text: data.split_steps(text) for text in texts}
-    rows = [{"prompt": prompt, "completions": steps} for steps in distinct.values() if steps]
-    if not rows:
-        return [[] for _ in texts], 0
-    examples, _ = data.encode_rows(rows, tokenizer, max_length=10**9)
+def score_texts(prm, tokenizer, prompts, responses, env):
+    """Step values of each prompt's responses -> (a list for each prompt, of a list for each response; tokens scored for
+    each prompt). All are scored together, equal responses to a prompt once."""
+    rows = {(i, text): {"prompt": prompts[i], "completions": steps} for i, texts in enumerate(responses)
+            for text in texts if (steps := data.split_steps(text))}
+    examples = data.encode_rows(rows.values(), tokenizer, max_length=10**9)[0] if rows else []
     alone = dataclasses.replace(env, rank=0, world=1)  # each process has its own problems
-    values = iter(tdrm.score_rows(prm, examples, tokenizer.pad_token_id, alone))
-    by_text = {text: next(values) if steps else [] for text, steps in distinct.items()}
-    return [by_text[text] for text in texts], sum(len(e["input_ids"]) for e in examples)
+    values = dict(zip(rows, tdrm.score_rows(prm, examples, tokenizer.pad_token_id, alone)))
+    tokens = [0] * len(prompts)
+    for (i, _), example in zip(rows, examples):
+        tokens[i] += len(example["input_ids"])
+    return [[values.get((i, text), []) for text in texts] for i, texts in enumerate(responses)], tokens
 
 
 def load_policy(cfg, env, level):
@@ -446,11 +447,10 @@ def search(cfg, env, level):
                        "greedy": data.verify(one[0].text, gold)}
             record["generated"] |= {"samples": sum(len(s.token_ids) for s in mine), "greedy": len(one[0].token_ids)}
         for name, (prm, prm_tokenizer) in models.items():
-            def score_all():
-                for record, question in zip(records, questions):
-                    scored = score_texts(prm, prm_tokenizer, question, record["texts"], env)
-                    record["values"][name], record["scored"][name] = scored
-            timed(name, score_all)
+            texts = [record["texts"] for record in records]
+            scored = timed(name, score_texts, prm, prm_tokenizer, questions, texts, env)
+            for record, values, tokens in zip(records, *scored):
+                record["values"][name], record["scored"][name] = values, tokens
             for title, keep, expand, subtrees in trees:
                 method = f"{title} {expand}, {name}"
                 best, count = timed(method, tree_search, model, tokenizer, prm, prm_tokenizer, questions, keep, expand,

@@ -465,8 +465,22 @@ def test_a_reward_model_with_dropout_is_not_noisy(models, tmp_path):
     prm = tdrm.load_reward_model(str(tmp_path)).eval()
     grow = lambda: [b.value for b in search.tree_search(policy(), tokenizer, prm, tokenizer, PROMPTS, 1, 2, max_new_tokens=20)[0]]  # noqa: E731
     before = grow()
-    search.score_texts(prm, tokenizer, "1+2", ["1+2=3", ""], Env())
+    search.score_texts(prm, tokenizer, ["1+2"], [["1+2=3", ""]], Env())
     assert grow() == before
+
+
+def test_responses_to_many_prompts_are_scored_together(models):
+    """Each as by itself; what is equal, or has no step, costs nothing."""
+    tokenizer, prm = TOKENIZERS["builtin"], models["qwen2"]
+    responses = [["1=1\n\n2", "3", "1=1\n\n2"], [" "], ["3", "", "4\n\n5\n\n6"], []]
+    values, tokens = search.score_texts(prm, tokenizer, PROMPTS, responses, Env())
+    for prompt, texts, mine, count in zip(PROMPTS, responses, values, tokens):
+        rows = {text: data.encode_trajectory(tokenizer, prompt, data.split_steps(text)) for text in texts if text.strip()}
+        assert count == sum(len(ids) for ids, _, _ in rows.values()) and len(mine) == len(texts)
+        for text, found in zip(texts, mine):
+            ids, _, ends = rows.get(text, ([0], None, []))
+            assert found == pytest.approx(full_logits(prm.eval(), ids)[ends, 0].sigmoid().tolist(), abs=1e-4)
+    assert search.score_texts(prm, tokenizer, ["1+2"], [["", " "]], Env()) == ([[[], []]], [0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
