@@ -70,10 +70,12 @@ class RowCache:
         order = order.where(mask, order[:, -1:])  # padding has no weight, but must be finite: 0 * NaN would be NaN
         new = RowCache(len(rows), max(len(rows), capacity), length + room, self.mask.device)
         new.mask[:len(rows), :length], new.position[:len(rows)], new.used = mask, position, length
+        picked = (rows[:, None] * self.mask.shape[1] + order).flatten()  # of all slots of all rows
         for mine, theirs in ((self.keys, new.keys), (self.values, new.values)):
             for tensor in mine:
                 theirs.append(new._allocate(tensor, *new.mask.shape))
-                theirs[-1][:len(rows), :length] = tensor[rows[:, None], order]
+                kept = tensor.flatten(0, 1).index_select(0, picked)  # faster than tensor[rows[:, None], order]
+                theirs[-1][:len(rows), :length] = kept.unflatten(0, order.shape)
         return new
 
     def branch(self, parents):

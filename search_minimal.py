@@ -116,9 +116,8 @@ def decode(model, cache, ids, mask, place, noise, temperature, eos_id, step_end=
     samples, length = noise.shape
     tokens = torch.full((samples, length), -1, device=noise.device)
     logprobs = torch.zeros(samples, length, device=noise.device)
-    newline = torch.zeros(samples, dtype=torch.bool, device=noise.device)  # does the text end in a newline,
-    has_text = newline.clone()  # and is there any
     live, begin = torch.arange(samples, device=noise.device), cache.used + ids.shape[1]
+    newline = has_text = torch.zeros_like(live, dtype=torch.bool)  # live samples: ends the text in a newline; has it any
     for t in range(length):
         logits = feed(model, cache, ids, mask, logits_to_keep=1).logits[:, -1]  # (rows, V)
         logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)[place[live] - cache.start]  # (live, V)
@@ -128,11 +127,11 @@ def decode(model, cache, ids, mask, place, noise, temperature, eos_id, step_end=
         if limits is not None:
             done |= limits[live] <= t + 1
         if step_end:
-            has_text[live] |= step_end.text[chosen]
-            done |= (step_end.blank[chosen] | (newline[live] & step_end.starts[chosen])) & has_text[live]
-            newline[live] = step_end.ends[chosen]
-        going = ~done
-        live, chosen = live[going], chosen[going]
+            has_text = has_text | step_end.text[chosen]
+            done |= (step_end.blank[chosen] | (newline & step_end.starts[chosen])) & has_text
+            newline = step_end.ends[chosen]
+        going = (~done).nonzero()[:, 0]
+        live, chosen, newline, has_text = live[going], chosen[going], newline[going], has_text[going]
         if t + 1 == length or not len(live):
             break
         size = logp.shape[1]
@@ -209,7 +208,6 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
     step_end = step_end or StepEnd(tokenizer, device, model.config.vocab_size)
     count = Counter()
     groups = [i for i in range(len(prompts)) for _ in range(subtrees)]  # group -> prompt
-
     room = min(max_step_tokens, 16)  # for a step; the cache grows if need be
 
     # The root: a row for each prompt, however many samples and subtrees begin there. The policy's are read in decode().
