@@ -117,7 +117,7 @@ def decode(model, cache, ids, mask, place, noise, temperature, eos_id, step_end=
     tokens = torch.full((samples, length), -1, device=noise.device)
     logprobs = torch.zeros(samples, length, device=noise.device)
     live, begin = torch.arange(samples, device=noise.device), cache.used + ids.shape[1]
-    newline = has_text = torch.zeros_like(live, dtype=torch.bool)  # live samples: ends the text in a newline; has it any
+    newline = has_text = torch.zeros_like(live, dtype=torch.bool)  # does a live text end in a newline; is there any
     for t in range(length):
         logits = feed(model, cache, ids, mask, logits_to_keep=1).logits[:, -1]  # (rows, V)
         logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)[place[live] - cache.start]  # (live, V)
