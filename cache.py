@@ -1,25 +1,29 @@
-"""The key/value cache of decoding, written out: rows that may be repeated, reordered, and dropped while others go on.
+"""The key/value cache of decoding, written out: rows that fork, that end while others go on, that are picked up again.
 
-A row is one response being written; a slot is one token's keys and values in all layers. Decoding needs three moves
-that a library's cache makes hard: repeat a prompt's row for its samples (`select`), take ended rows out of the batch
-without copying the others (`drop`), and go on from kept prefixes of a tree search with all they have read (`select`).
+A row is one text being written, a slot one token's keys and values in all layers. Samples that agree share a row.
+Decoding needs two moves that a library's cache makes hard: fork rows where their samples disagree and take ended rows
+out of the batch, without copying the others (`branch`); go on from kept prefixes of a tree search (`select`).
 """
 import torch
 
 
 class RowCache:
-    """Keys and values of R rows with room for C slots each, written in place. The first `rows` of them are still in the
-    batch. Slots that belong to no token (padding) are False in `mask`; `position` is each row's number of tokens.
+    """Keys and values of up to R rows with room for C slots each, written in place:
 
-    Rotary position is in the keys before they come here, so slots and rows may move about freely. Full attention only.
+        [0, start)     rows that ended: out of the batch, but `select` may still pick them
+        [start, stop)  the batch
+        [stop, R)      free, for forks
+
+    Slots that belong to no token (padding) are False in `mask`; `position` is each row's number of tokens. Rotary
+    position is in the keys before they come here, so slots and rows may move about freely. Full attention only.
     """
     now = peak = 0  # bytes in all caches of the process
 
-    def __init__(self, rows, slots, device):
+    def __init__(self, batch, rows, slots, device):
         self.keys, self.values, self.bytes = [], [], 0
         self.mask = torch.zeros(rows, slots, dtype=torch.bool, device=device)
         self.position = torch.zeros(rows, dtype=torch.long, device=device)
-        self.rows, self.used = rows, 0
+        self.start, self.stop, self.used = 0, batch, 0
 
     def reserve(self, slots):
         """Make room for `slots` slots a row, half as many again as there are where that is more."""
@@ -29,13 +33,12 @@ class RowCache:
         self.mask = torch.nn.functional.pad(self.mask, (0, max(slots, have * 3 // 2) - have))
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                tensors[layer] = self._allocate(old).zero_()
-                tensors[layer][:, :, :self.used] = old[:, :, :self.used]
+                tensors[layer] = self._allocate(old, *self.mask.shape)
+                tensors[layer][:self.stop, :self.used] = old[:self.stop, :self.used]
                 self.bytes, RowCache.now = self.bytes - old.nbytes, RowCache.now - old.nbytes
 
-    def _allocate(self, like):
-        rows, slots = self.mask.shape
-        tensor = like.new_empty(rows, like.shape[1], slots, like.shape[3])  # (R, heads, C, head size)
+    def _allocate(self, like, rows, slots):
+        tensor = like.new_empty(rows, slots, *like.shape[2:])  # (R, C, heads, head size)
         self.bytes += tensor.nbytes
         RowCache.now += tensor.nbytes
         RowCache.peak = max(RowCache.peak, RowCache.now)
@@ -45,47 +48,62 @@ class RowCache:
         RowCache.now -= self.bytes
 
     def update(self, keys, values, layer, *_, **__):
-        """What a transformers attention layer calls: store the new (rows, heads, q, head size), return all so far."""
-        if layer == len(self.keys):
-            self.keys.append(self._allocate(keys).zero_())  # attention gives padding no weight, but 0 * NaN would be NaN
-            self.values.append(self._allocate(values).zero_())
-        end = self.used + keys.shape[2]
-        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            store[:self.rows, :, self.used:end] = new
-        return self.keys[layer][:self.rows, :, :end], self.values[layer][:self.rows, :, :end]
+        """What a transformers attention layer calls: store the new (batch, heads, q, head size), return all so far."""
+        end, both = self.used + keys.shape[2], []
+        for tensors, new in ((self.keys, keys.transpose(1, 2)), (self.values, values.transpose(1, 2))):
+            if layer == len(tensors):
+                tensors.append(self._allocate(new, *self.mask.shape))
+            tensors[layer][self.start:self.stop, self.used:end] = new
+            both.append(tensors[layer][self.start:self.stop, :end].transpose(1, 2))
+        return both
 
-    def select(self, rows, room):
-        """A new cache of the rows `rows` (any may repeat or be left out) in this order, as short as they allow, with
-        `room` free slots."""
-        rows = torch.as_tensor(rows, device=self.mask.device)
+    def select(self, rows, room, slots=None, capacity=0):
+        """A new cache whose batch is the rows `rows` (any may repeat or be left out) in this order, of each the first
+        `slots` slots, as short as they allow; with `room` free slots and at least `capacity` rows."""
         mask = self.mask[rows, :self.used]
-        length = int(mask.sum(1).max()) if len(rows) else 0
-        start = self.used - length
-        packed = not mask[:, :start].any()  # the last slots are all that is needed: no slot has to move within its row
-        slots = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, start:]  # else: real slots last, in order
-        new = RowCache(len(rows), length + room, self.mask.device)
-        new.mask[:, :length] = mask[:, start:] if packed else mask.gather(1, slots)
-        new.position, new.used = self.position[rows], length
+        if slots is not None:
+            mask &= torch.arange(self.used, device=self.mask.device) < slots[:, None]
+        position = mask.sum(1)
+        length = int(position.max()) if len(rows) else 0
+        order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, self.used - length:]  # real slots last
+        mask = mask.gather(1, order)
+        order = order.where(mask, order[:, -1:])  # padding has no weight, but must be finite: 0 * NaN would be NaN
+        new = RowCache(len(rows), max(len(rows), capacity), length + room, self.mask.device)
+        new.mask[:len(rows), :length], new.position[:len(rows)], new.used = mask, position, length
+        picked = (rows[:, None] * self.mask.shape[1] + order).flatten()  # of all slots of all rows
         for mine, theirs in ((self.keys, new.keys), (self.values, new.values)):
             for tensor in mine:
-                kept = tensor[:, :, start:self.used][rows] if packed else tensor[rows[:, None], :, slots].transpose(1, 2)
-                theirs.append(new._allocate(tensor))
-                theirs[-1][:, :, :length], theirs[-1][:, :, length:] = kept, 0
+                theirs.append(new._allocate(tensor, *new.mask.shape))
+                kept = tensor.flatten(0, 1).index_select(0, picked)  # faster than tensor[rows[:, None], order]
+                theirs[-1][:len(rows), :length] = kept.unflatten(0, order.shape)
         return new
 
-    def drop(self, done):
-        """Swap the rows that are `done` (rows,) behind the others, out of the batch -> new order of old row numbers."""
-        order = torch.arange(self.rows, device=done.device)
-        self.rows = int((~done).sum())
-        a = done[:self.rows].nonzero()[:, 0]  # ended, in front
-        b = self.rows + (~done[self.rows:]).nonzero()[:, 0]  # still live, behind: as many
-        ab, ba = torch.cat([a, b]), torch.cat([b, a])
-        order[ab] = ba
-        if len(a):
-            for tensor in self.keys + self.values:
-                tensor[ab, :, :self.used] = tensor[ba, :, :self.used]
-            self.mask[ab], self.position[ab] = self.mask[ba], self.position[ba]
-        return order
+    def branch(self, parents):
+        """Go on with one row for each of `parents`: ascending numbers of rows in the batch, repeated where a row forks,
+        left out where it ends -> the row of each; where every old row is now."""
+        moved = torch.arange(len(self.mask), device=parents.device)
+        ended = torch.ones(self.stop - self.start, dtype=torch.bool, device=parents.device)
+        ended[parents - self.start] = False
+        if count := int(ended.sum()):  # swap them to the front of the batch, then out of it
+            live = self.start + (~ended[:count]).nonzero()[:, 0]
+            over = self.start + count + ended[count:].nonzero()[:, 0]  # as many
+            self._copy(torch.cat([live, over]), torch.cat([over, live]))
+            moved[live], moved[over] = over, live
+            self.start += count
+        rows = moved[parents]
+        if forks := len(parents) - (self.stop - self.start):  # a row's first child goes on in its place
+            again = torch.nn.functional.pad(parents.diff(), (1, 0), value=1) == 0
+            new = torch.arange(self.stop, self.stop + forks, device=parents.device)
+            self._copy(new, rows[again])
+            rows[again] = new
+            self.stop += forks
+        return rows, moved
+
+    def _copy(self, to, source):
+        if len(to):  # often there are none
+            for tensor in (*self.keys, *self.values):
+                tensor[to, :self.used] = tensor[source, :self.used]
+            self.mask[to], self.position[to] = self.mask[source], self.position[source]
 
 
 def longest_context(config):
@@ -101,21 +119,20 @@ def cache_bytes(config, rows, slots, dtype):
 
 
 def feed(model, cache, input_ids, mask, **options):
-    """Run new tokens (rows, q), `mask` True on the real ones, behind what the cache holds -> the model's output."""
-    rows, q = input_ids.shape
-    end = cache.used + q
+    """Run new tokens (batch, q), `mask` True on the real ones, behind what the cache holds -> the model's output."""
+    end, batch = cache.used + input_ids.shape[1], slice(cache.start, cache.stop)
     cache.reserve(end)
-    cache.mask[:rows, cache.used:end] = mask
+    cache.mask[batch, cache.used:end] = mask
     slots = torch.arange(end, device=input_ids.device)
     causal = slots <= slots[cache.used:, None]  # (q, end)
     itself = slots == slots[cache.used:, None]  # padding sees itself: no row is empty
-    attention = cache.mask[:rows, None, :end] & causal | itself
-    bias = torch.zeros(attention.shape, dtype=model.dtype, device=input_ids.device).masked_fill(~attention, -torch.inf)
-    positions = (cache.position[:rows, None] + mask.cumsum(1) - 1).clamp(min=0)
+    attention = cache.mask[batch, None, :end] & causal | itself
+    bias = torch.where(attention, 0.0, -torch.inf).to(model.dtype)
+    positions = (cache.position[batch, None] + mask.cumsum(1) - 1).clamp(min=0)
     output = model(input_ids=input_ids, attention_mask=bias[:, None], position_ids=positions,
                    past_key_values=cache, use_cache=True, **options)
     cache.used = end
-    cache.position[:rows] += mask.sum(1)
+    cache.position[batch] += mask.sum(1)
     return output
 
 
@@ -129,8 +146,8 @@ def pad(sequences, side, device, value=0):
     return torch.tensor(ids, device=device), torch.tensor(real, device=device)
 
 
-def prefill(model, prompts, device):
-    """One forward over all prompts (lists of ids) -> cache, logits (P, V) of the first response token."""
+def prompt_cache(prompts, device, rows=0, room=0):
+    """What `feed` needs to read prompts (lists of ids) -> an empty cache with a row for each, `rows` in all, and `room`
+    slots more than the prompts take; ids; mask."""
     ids, mask = pad(prompts, "left", device)
-    cache = RowCache(len(prompts), ids.shape[1], device)
-    return cache, feed(model, cache, ids, mask, logits_to_keep=1).logits[:, -1]
+    return RowCache(len(ids), max(len(ids), rows), ids.shape[1] + room, device), ids, mask

@@ -11,9 +11,9 @@ Or the tree is grown step by step: from each kept prefix sample `expand` next st
     dvts            k independent greedy searches, best result at the end (diverse verifier tree search)
 Finished responses stay candidates with their value. The search ends when all that is kept is finished.
 
-The time goes where the cache is (cache.py): one prefill per prompt, its keys and values repeated for its samples; rows
-that end are swapped to the back and leave the batch; a kept prefix keeps its rows in the policy's AND the reward
-model's cache, so no prefix token passes through either model twice. Duplicate candidates are scored once.
+The time goes where the cache is (cache.py): samples of a prompt share one row of it until they choose different tokens;
+rows that end leave the batch; a kept prefix keeps its rows in the policy's AND the reward model's cache, so no prefix
+token passes through either model twice. Duplicate candidates are scored once.
 
     python search_minimal.py                                      # built-in policy and reward model: a table in a minute
     python search_minimal.py --prm runs/tdrm/model runs/scalar_prm/model runs/scalar_orm/model --show
@@ -40,7 +40,7 @@ from tqdm import tqdm
 import data
 import sft_minimal as sft
 import tdrm_minimal as tdrm
-from cache import RowCache, cache_bytes, feed, longest_context, pad, prefill
+from cache import RowCache, cache_bytes, feed, longest_context, pad, prompt_cache
 from data import BadInput
 from sft_minimal import opt
 
@@ -105,42 +105,46 @@ class StepEnd:
 
 
 @torch.no_grad()
-def decode(model, cache, logits, noise, temperature, eos_id, step_end=None, limits=None):
-    """Sample every row of the cache until eos, a step's end (with `step_end`), or the end of its noise (rows, length).
+def decode(model, cache, ids, mask, place, noise, temperature, eos_id, step_end=None, limits=None):
+    """Read `ids` behind the cache's rows, then write samples, each until eos, a step's end (with `step_end`), its limit
+    or the end of its noise (samples, length). Sample i begins in row place[i] of the cache. Samples share a row as long
+    as they agree, so every distinct text is computed once; where they choose different tokens, the row forks.
 
-    -> tokens, logprobs: a list for each row; place: row i's keys and values are in row place[i] of the cache, all but
-    those of its last token, which has not been read.
+    -> tokens, logprobs: a list for each sample; place, slots: the first slots[i] of row place[i] are sample i's keys and
+    values, of all but its last token, which has not been read. (Behind them may be those of samples that went on.)
     """
-    rows, length = noise.shape
-    tokens = torch.zeros(rows, length, dtype=torch.long, device=logits.device)
-    logprobs = torch.zeros(rows, length, device=logits.device)
-    lengths = torch.zeros(rows, dtype=torch.long, device=logits.device)
-    order = torch.arange(rows, device=logits.device)  # order[place] = row
-    newline = torch.zeros(rows, dtype=torch.bool, device=logits.device)  # does the row's text end in a newline; has it any text
-    has_text = newline.clone()
+    samples, length = noise.shape
+    tokens = torch.full((samples, length), -1, device=noise.device)
+    logprobs = torch.zeros(samples, length, device=noise.device)
+    live, begin = torch.arange(samples, device=noise.device), cache.used + ids.shape[1]
+    newline = has_text = torch.zeros_like(live, dtype=torch.bool)  # does a live text end in a newline; is there any
     for t in range(length):
-        live = order[:cache.rows]
-        logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+        logits = feed(model, cache, ids, mask, logits_to_keep=1).logits[:, -1]  # (rows, V)
+        logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)[place[live] - cache.start]  # (live, V)
         chosen = pick(logp, noise[live, t]) if temperature else logp.argmax(-1)
         tokens[live, t], logprobs[live, t] = chosen, logp.gather(1, chosen[:, None])[:, 0]
-        lengths[live] = t + 1
         done = chosen == eos_id
         if limits is not None:
             done |= limits[live] <= t + 1
         if step_end:
-            has_text[live] |= step_end.text[chosen]
-            done |= (step_end.blank[chosen] | (newline[live] & step_end.starts[chosen])) & has_text[live]
-            newline[live] = step_end.ends[chosen]
-        if t + 1 == length or done.all():
+            has_text = has_text | step_end.text[chosen]
+            done |= (step_end.blank[chosen] | (newline & step_end.starts[chosen])) & has_text
+            newline = step_end.ends[chosen]
+        going = (~done).nonzero()[:, 0]
+        live, chosen, newline, has_text = live[going], chosen[going], newline[going], has_text[going]
+        if t + 1 == length or not len(live):
             break
-        if done.any():
-            permutation = cache.drop(done)
-            order[:len(permutation)] = live[permutation]
-            chosen = chosen[permutation][:cache.rows]
-        logits = feed(model, cache, chosen[:, None], torch.ones_like(chosen[:, None], dtype=torch.bool)).logits[:, -1]
-    cache.rows = rows
+        size = logp.shape[1]
+        pairs, pair = torch.unique(place[live] * size + chosen, return_inverse=True)  # (row, token): the rows to come
+        rows, moved = cache.branch(pairs // size)
+        place = moved[place]
+        place[live] = rows[pair]
+        ids = (pairs % size)[rows.argsort(), None]
+        mask = torch.ones_like(ids, dtype=torch.bool)
+    lengths = (tokens >= 0).sum(1)
+    slots = begin + lengths - 1
     lengths, tokens, logprobs = lengths.tolist(), tokens.tolist(), logprobs.tolist()
-    return [x[:n] for x, n in zip(tokens, lengths)], [x[:n] for x, n in zip(logprobs, lengths)], order.argsort()
+    return [x[:n] for x, n in zip(tokens, lengths)], [x[:n] for x, n in zip(logprobs, lengths)], place, slots
 
 
 @torch.no_grad()
@@ -148,8 +152,8 @@ def sample(model, tokenizer, prompts, n, temperature=1.0, max_new_tokens=256, se
            rows_at_once=2048):
     """`n` responses to each prompt (a question, chat messages, or a list of token ids) -> a list of `n` Samples per prompt.
 
-    One prefill per prompt, its cache repeated n times. `stop="step"` also stops at the end of the first step. `keys` (ints)
-    name the prompts for the noise (default: their index). Raises BadInput for a prompt that does not fit the model.
+    `stop="step"` also stops at the end of the first step. `keys` (ints) name the prompts for the noise (default: their
+    index). Raises BadInput for a prompt that does not fit the model.
     """
     model.eval()
     device, eos_id = next(model.parameters()).device, tokenizer.eos_token_id
@@ -163,11 +167,11 @@ def sample(model, tokenizer, prompts, n, temperature=1.0, max_new_tokens=256, se
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     at_once = max(1, rows_at_once // n)
     for chunk in (by_length[i:i + at_once] for i in range(0, len(by_length), at_once)):
-        cache, logits = prefill(model, [encoded[i] for i in chunk], device)
-        repeat = np.repeat(np.arange(len(chunk)), n)
+        cache, ids, mask = prompt_cache([encoded[i] for i in chunk], device, len(chunk) * n, max_new_tokens)
+        place = torch.arange(len(chunk), device=device).repeat_interleave(n)
         noise = np.concatenate([uniforms(seed, keys[i] if keys else i, 0, [0] * n, max_new_tokens) for i in chunk])
-        cache, logits = cache.select(repeat, max_new_tokens), logits[torch.as_tensor(repeat, device=device)]
-        tokens, logprobs, _ = decode(model, cache, logits, torch.from_numpy(noise).to(device), temperature, eos_id, step_end)
+        noise = torch.from_numpy(noise).to(device)
+        tokens, logprobs, *_ = decode(model, cache, ids, mask, place, noise, temperature, eos_id, step_end)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for row, (ids, logp, text) in enumerate(zip(tokens, logprobs, texts)):
             i = chunk[row // n]
@@ -186,7 +190,8 @@ class Beam:
     steps: list
     value: float = 0.0
     finished: bool = False
-    row: int = 0  # its row in the caches
+    row: int = 0  # in the policy's cache; of a candidate, not yet kept: its number among the samples
+    prm_row: int = 0  # in the reward model's cache
 
 
 @torch.no_grad()
@@ -203,27 +208,24 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
     step_end = step_end or StepEnd(tokenizer, device, model.config.vocab_size)
     count = Counter()
     groups = [i for i in range(len(prompts)) for _ in range(subtrees)]  # group -> prompt
+    room = min(max_step_tokens, 16)  # for a step; the cache grows if need be
 
-    # The root: one prefill per prompt in each model. The reward model's prompt is scored with its first step.
-    cache, logits = prefill(model, [data.encode_prompt(tokenizer, p) for p in prompts], device)
-    ids, mask = pad([data.encode_prompt(prm_tokenizer, p) for p in prompts], "left", device)
-    prm_cache = RowCache(len(prompts), ids.shape[1], device)
-    feed(prm, prm_cache, ids, mask)
-    count["scored"] += int(mask.sum())
-    live = [Beam(group, [], [], row=i) for group, i in enumerate(groups)]
+    # The root: a row for each prompt, however many samples and subtrees begin there. The policy's are read in decode().
+    cache, ids, mask = prompt_cache([data.encode_prompt(tokenizer, p) for p in prompts], device,
+                                    len(groups) * keep * expand, room)
+    prm_cache, prm_ids, prm_mask = prompt_cache([data.encode_prompt(prm_tokenizer, p) for p in prompts], device)
+    feed(prm, prm_cache, prm_ids, prm_mask)
+    count["scored"] += int(prm_mask.sum())
+    live = [Beam(group, [], [], row=i, prm_row=i) for group, i in enumerate(groups)]
     finished = defaultdict(list)
 
     for depth in range(max_steps):
         # 1) Sample next steps from every live prefix.
         parents = [beam for beam in live for _ in range(expand if depth else keep * expand)]
-        if not parents:
-            break
         limits = torch.tensor([min(max_step_tokens, max_new_tokens - len(b.token_ids)) for b in parents], device=device)
-        room = int(limits.max())
-        rows = [b.row for b in parents]
-        cache, logits = cache.select(rows, min(room, 16)), logits[torch.tensor(rows, device=device)]  # grows if need be
-        noise = torch.from_numpy(step_noise(parents, groups, keys, seed, depth, max_step_tokens)[:, :room]).to(device)
-        tokens, _, place = decode(model, cache, logits, noise, temperature, eos_id, step_end, limits)
+        noise = step_noise(parents, groups, keys, seed, depth, max_step_tokens)[:, :int(limits.max())]
+        noise, place = torch.from_numpy(noise).to(device), torch.tensor([b.row for b in parents], device=device)
+        tokens, _, place, slots = decode(model, cache, ids, mask, place, noise, temperature, eos_id, step_end, limits)
         count["generated"] += sum(map(len, tokens))
 
         # 2) Distinct candidates; each is scored once, its new tokens only.
@@ -234,17 +236,17 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
             if name not in candidates:  # a step without text (an end right after a blank line) leaves the value as it was
                 step = [text.strip()] if text.strip() else []
                 candidates[name] = Beam(parent.group, parent.token_ids + new, parent.steps + step, parent.value,
-                                        finished=new[-1] == eos_id, row=len(where))
+                                        finished=new[-1] == eos_id, row=i, prm_row=len(where))
                 where.append(i)
         candidates = list(candidates.values())
         new_step = [len(b.steps) > len(parents[i].steps) for b, i in zip(candidates, where)]
         steps = [data.token_ids(prm_tokenizer, b.steps[-1] + ("" if b.finished else data.STEP_END)) if new else []
                  for b, new in zip(candidates, new_step)]
-        ids, mask = pad(steps, "right", device)
-        prm_cache = prm_cache.select([parents[i].row for i in where], ids.shape[1])
-        scores = feed(prm, prm_cache, ids, mask).logits[..., 0]  # (candidates, tokens)
-        count["scored"] += int(mask.sum())
-        last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)  # of each new step
+        prm_ids, prm_mask = pad(steps, "right", device)
+        prm_cache = prm_cache.select(torch.tensor([parents[i].prm_row for i in where], device=device), prm_ids.shape[1])
+        scores = feed(prm, prm_cache, prm_ids, prm_mask).logits[..., 0]  # (candidates, tokens)
+        count["scored"] += int(prm_mask.sum())
+        last = (prm_mask.sum(1, keepdim=True) - 1).clamp(min=0)  # of each new step
         values = scores.gather(1, last)[:, 0].float().sigmoid()
         for beam, value, new in zip(candidates, values.tolist(), new_step):
             beam.value = value if new else beam.value
@@ -264,11 +266,11 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
         if not live:
             break
 
-        # 4) The kept prefixes keep their rows in both caches. Their last token, sampled but not yet read, is read once.
-        rows = [b.row for b in live]
-        cache, prm_cache = cache.select(place[[where[r] for r in rows]], 1), prm_cache.select(rows, 0)
-        last = torch.tensor([[b.token_ids[-1]] for b in live], device=device)
-        logits = feed(model, cache, last, torch.ones_like(last, dtype=torch.bool)).logits[:, -1]
+        # 4) The kept prefixes keep what is in the cache. Their last token, sampled but not yet read, is read next.
+        rows = torch.tensor([b.row for b in live], device=device)
+        cache = cache.select(place[rows], room, slots[rows], len(live) * expand)
+        ids = torch.tensor([b.token_ids[-1:] for b in live], device=device)
+        mask = torch.ones_like(ids, dtype=torch.bool)
         for row, beam in enumerate(live):
             beam.row = row
 
@@ -363,17 +365,18 @@ def in_chunks(cfg, env, count, at_once, work):
     return [record for _, record in sorted(read().items())]
 
 
-def score_texts(prm, tokenizer, prompt, texts, env):
-    """Step values of each response of one prompt; equal responses are scored once -> (list of lists, tokens scored)."""
-    distinct = {text: data.split_steps(text) for text in texts}
-    rows = [{"prompt": prompt, "completions": steps} for steps in distinct.values() if steps]
-    if not rows:
-        return [[] for _ in texts], 0
-    examples, _ = data.encode_rows(rows, tokenizer, max_length=10**9)
+def score_texts(prm, tokenizer, prompts, responses, env):
+    """Step values of each prompt's responses -> (a list for each prompt, of a list for each response; tokens scored for
+    each prompt). All are scored together, equal responses to a prompt once."""
+    rows = {(i, text): {"prompt": prompts[i], "completions": steps} for i, texts in enumerate(responses)
+            for text in texts if (steps := data.split_steps(text))}
+    examples = data.encode_rows(rows.values(), tokenizer, max_length=10**9)[0] if rows else []
     alone = dataclasses.replace(env, rank=0, world=1)  # each process has its own problems
-    values = iter(tdrm.score_rows(prm, examples, tokenizer.pad_token_id, alone))
-    by_text = {text: next(values) if steps else [] for text, steps in distinct.items()}
-    return [by_text[text] for text in texts], sum(len(e["input_ids"]) for e in examples)
+    values = dict(zip(rows, tdrm.score_rows(prm, examples, tokenizer.pad_token_id, alone)))
+    tokens = [0] * len(prompts)
+    for (i, _), example in zip(rows, examples):
+        tokens[i] += len(example["input_ids"])
+    return [[values.get((i, text), []) for text in texts] for i, texts in enumerate(responses)], tokens
 
 
 def load_policy(cfg, env, level):
@@ -427,13 +430,12 @@ def search(cfg, env, level):
                 record["seconds"][name] = seconds
             return result
 
-        RowCache.peak = RowCache.now
+        before = RowCache.peak = RowCache.now
         samples = timed("samples", sample, model, tokenizer, questions, cfg.n, keys=chunk, rows_at_once=cfg.rows_at_once,
                         **sampling)
-        longest = max(len(s[0].prompt_ids) for s in samples)
-        caches["measured"] = max(caches["measured"], RowCache.peak)
-        caches["estimated"] = max(caches["estimated"], cache_bytes(model.config, len(chunk), longest, dtype)
-                                  + cache_bytes(model.config, len(chunk) * cfg.n, longest + cfg.max_new_tokens, dtype))
+        slots = max(len(s[0].prompt_ids) for s in samples) + cfg.max_new_tokens
+        caches["measured"] = max(caches["measured"], RowCache.peak - before)
+        caches["estimated"] = max(caches["estimated"], cache_bytes(model.config, len(chunk) * cfg.n, slots, dtype))
         greedy = timed("greedy", sample, model, tokenizer, questions, 1, keys=chunk, **sampling | {"temperature": 0.0})
         for record, mine, one, gold in zip(records, samples, greedy, golds):
             seen = {}
@@ -443,11 +445,10 @@ def search(cfg, env, level):
                        "greedy": data.verify(one[0].text, gold)}
             record["generated"] |= {"samples": sum(len(s.token_ids) for s in mine), "greedy": len(one[0].token_ids)}
         for name, (prm, prm_tokenizer) in models.items():
-            def score_all():
-                for record, question in zip(records, questions):
-                    scored = score_texts(prm, prm_tokenizer, question, record["texts"], env)
-                    record["values"][name], record["scored"][name] = scored
-            timed(name, score_all)
+            texts = [record["texts"] for record in records]
+            scored = timed(name, score_texts, prm, prm_tokenizer, questions, texts, env)
+            for record, values, tokens in zip(records, *scored):
+                record["values"][name], record["scored"][name] = values, tokens
             for title, keep, expand, subtrees in trees:
                 method = f"{title} {expand}, {name}"
                 best, count = timed(method, tree_search, model, tokenizer, prm, prm_tokenizer, questions, keep, expand,
@@ -468,8 +469,9 @@ def search(cfg, env, level):
     if env.rank == 0:
         print_table(rows, len(records))
         left_out = len(fits) - len(problems)
-        print(f"{left_out} problems left out; caches while sampling: peak {caches['measured'] / 2**20:.1f} MiB, from the "
-              f"config {caches['estimated'] / 2**20:.1f} MiB; {time.time() - start:.0f} s")
+        print(f"{left_out} problems left out; cache reserved for sampling, a row for each sample: "
+              f"{caches['measured'] / 2**20:.1f} MiB, from the config {caches['estimated'] / 2**20:.1f} MiB; "
+              f"{time.time() - start:.0f} s")
         summary = {"problems": len(records), "left_out": left_out,
                    "empty_responses": write_samples(cfg, problems, records), "rows": rows}
         sft.write_json(os.path.join(cfg.out, "summary.json"), summary)

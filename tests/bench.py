@@ -14,7 +14,8 @@ tdrm: trajectories a second in the loop of tdrm_minimal.main, fp32 on the CPU, r
 Workloads: toy, the built-in policy and task; long, 60 + 16 x 24 tokens, hidden size 256, four layers.
 search: problems a second of tree_search against published call structure (a `generate` per kept prefix, a
 reward-model forward over the whole prefix per candidate), same settings; responses a second of sample() against
-`generate`, also on responses of very different lengths, where padding is what dropping rows saves.
+`generate`, also on responses of very different lengths, where padding is what dropping rows saves: in the built-in
+policy, where the calls of many small operations take the time, and in one where arithmetic does.
 "of peak": the work a step cannot do without over what the same threads reach in a large matrix product. For T
 tokens that is 6 x (weights in linear layers) x T + 6 x layers x hidden x T^2 (half of the attention matrix).
 """
@@ -83,12 +84,17 @@ def toy(folder, quick):
     return Work(folder, sft.new_policy(tokenizer, seed=0), examples, (8, 2, 1) if quick else (64, 20, 2))
 
 
+def wide_policy(vocabulary, hidden):
+    """Random weights, four layers: wide enough that arithmetic takes the time, not the calls of small operations."""
+    torch.manual_seed(0)
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, pad_token_id=0, bos_token_id=None, eos_token_id=1))
+
+
 def long(folder, quick):
     hidden, steps, count = (64, 4, 8) if quick else (256, 16, 128)
-    torch.manual_seed(0)
-    policy = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=512, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, pad_token_id=0, bos_token_id=None, eos_token_id=1))
+    policy = wide_policy(512, hidden)
     ids, labels = torch.randint(5, 512, (count, 60 + 24 * steps)), torch.randint(2, (count, steps))
     ends = list(range(60 + 23, 60 + 24 * steps, 24))
     examples = [{"input_ids": i, "prompt_length": 60, "step_ends": ends, "labels": row, "correct": row[-1]}
@@ -338,9 +344,10 @@ def part_search(args):
 
     print("sample(): responses a second, 16 prompts x 8, against transformers' generate")
     sampling("built-in policy", model)
-    even = AutoModelForCausalLM.from_pretrained(folder).eval()
-    even.lm_head.weight.zero_()  # every token as likely as the end: lengths from 1 to over 100
-    sampling("short and long responses", even, max_new_tokens=160)
+    even, wide = AutoModelForCausalLM.from_pretrained(folder), wide_policy(len(tokenizer), 64 if args.quick else 256)
+    for title, policy in ("short and long responses", even), ("the same, 4M parameters", wide):
+        policy.eval().lm_head.weight.zero_()  # every token as likely as the end: lengths from 1 to over 100
+        sampling(title, policy, max_new_tokens=160)
 
 
 PARTS = {"tdrm": (part_tdrm, "training steps of tdrm_minimal.py against the published algorithm and TRL"),

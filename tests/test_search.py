@@ -26,7 +26,7 @@ import data
 import search_minimal as search
 import sft_minimal as sft
 import tdrm_minimal as tdrm
-from cache import RowCache, cache_bytes, feed, pad, prefill
+from cache import RowCache, cache_bytes, feed, pad, prompt_cache
 from conftest import ROOT
 from data import BadInput
 from plumbing import Env
@@ -118,34 +118,51 @@ def test_any_walk_through_the_cache_gives_the_logits_of_full_forwards(shape, gar
         monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size: empty(self, *size).fill_(math.nan))
     model, rng = policy(shape), random.Random(seed)
     some = lambda low, high: [rng.randrange(len(TOKENIZERS["builtin"])) for _ in range(rng.randint(low, high))]  # noqa: E731
-    texts = [some(1, 9) for _ in range(5)]  # texts[place]: what the cache's row `place` has read
-    cache, logits = prefill(model, texts, CPU)
+    texts = [some(1, 9) for _ in range(5)]
+    cache, ids, mask = prompt_cache(texts, CPU, 8, 1)
+    with torch.no_grad():
+        logits = feed(model, cache, ids, mask, logits_to_keep=1).logits[:, -1]
     torch.testing.assert_close(logits.double(), torch.stack([full_logits(model, t)[-1] for t in texts]), rtol=0, atol=1e-4)
-    room = 0
-    for step in range(30):
-        move = rng.choice(("feed", "feed", "feed", "drop", "select")) if step else "select"
-        if move == "feed" and room >= 1 and cache.rows:
-            new = [some(1, min(room, 3)) for _ in range(cache.rows)]
+    rows = [[(ids.shape[1] - len(t) + i, token) for i, token in enumerate(t)] for t in texts]  # (slot, token) of every row
+    room, moves = 1, Counter()
+    for step in range(40):
+        move = rng.choice(("feed", "feed", "feed", "branch", "branch", "select")) if step else "branch"
+        batch = range(cache.start, cache.stop)
+        moves[move] += 1
+        if move == "feed" and room >= 1:
+            new = [some(1, min(room, 3)) for _ in batch]
             ids, mask = pad(new, rng.choice(("left", "right")), CPU)
-            room -= ids.shape[1]
+            begin, room = cache.used, room - ids.shape[1]
             with torch.no_grad():
                 logits = feed(model, cache, ids, mask).logits
-            for row, tokens in enumerate(new):
-                texts[row] = texts[row] + tokens
-                expected = full_logits(model, texts[row])[-len(tokens):]
-                torch.testing.assert_close(logits[row, mask[row]].double(), expected, rtol=0, atol=1e-4)
-        elif move == "drop" and cache.rows:
-            done = torch.tensor([rng.random() < 0.4 for _ in range(cache.rows)])
-            left = [text for text, d in zip(texts, done) if not d]
-            texts[:len(done)] = [texts[old] for old in cache.drop(done).tolist()]
-            assert sorted(texts[:cache.rows]) == sorted(left)
+            for i, (row, tokens) in enumerate(zip(batch, new)):
+                rows[row] = rows[row] + list(zip((begin + mask[i].nonzero()[:, 0]).tolist(), tokens))
+                expected = full_logits(model, [token for _, token in rows[row]])[-len(tokens):]
+                torch.testing.assert_close(logits[i, mask[i]].double(), expected, rtol=0, atol=1e-4)
+        elif move == "branch":
+            free = len(cache.mask) - cache.stop
+            parents = rng.sample(batch, rng.randint(1, len(batch)))
+            parents = sorted(parents + rng.choices(parents, k=rng.randint(0, free)))
+            children, moved = cache.branch(torch.tensor(parents))
+            after = [None] * cache.stop
+            for old, row in enumerate(rows):
+                after[moved[old]] = row
+            for parent, child in zip(parents, children.tolist()):
+                assert after[child] in (None, rows[parent]), "a fork takes free rows only"
+                after[child] = rows[parent]
+            rows = after
+            assert sorted(children.tolist()) == list(range(cache.start, cache.stop))
         elif move == "select":
-            cache.rows = len(texts)  # the dropped rows are still there
-            picked = [rng.randrange(len(texts)) for _ in range(rng.randint(1, 7))]
-            room = rng.randint(0, 12)
-            cache, texts = cache.select(picked, room), [texts[i] for i in picked]
-            assert cache.position.tolist() == list(map(len, texts)) == cache.mask.sum(1).tolist()
-            assert cache.mask.shape == (len(texts), max(map(len, texts)) + room), "no more slots than the longest row needs"
+            picked = [rng.randrange(len(rows)) for _ in range(rng.randint(1, 7))]  # ended rows, too
+            slots = [rng.randint(rows[i][0][0] + 1, cache.used) for i in picked]  # how much of each
+            room, capacity = rng.randint(0, 12), rng.randint(0, 12)
+            texts = [[token for slot, token in rows[i] if slot < limit] for i, limit in zip(picked, slots)]
+            cache = cache.select(torch.tensor(picked), room, torch.tensor(slots), capacity)
+            longest = max(map(len, texts))
+            rows = [list(enumerate(text, longest - len(text))) for text in texts]
+            assert cache.position[:len(rows)].tolist() == list(map(len, texts)) == cache.mask.sum(1)[:len(rows)].tolist()
+            assert cache.mask.shape == (max(capacity, len(texts)), longest + room), "no more slots than the longest row needs"
+    assert len(moves) == 3
 
 
 @pytest.mark.parametrize("shape", ["qwen2", "llama"])
@@ -156,11 +173,12 @@ def test_bytes_of_a_cache_are_known_before_and_given_back_after(shape, dtype):
     with torch.no_grad():
         model.to(dtype)
         try:
-            cache, _ = prefill(model, [[5, 6, 7], [8]], CPU)
-            more = cache.select([0, 0, 1], 5)
+            cache, ids, mask = prompt_cache([[5, 6, 7], [8]], CPU, 4, 2)
+            feed(model, cache, ids, mask)
+            more = cache.select(torch.tensor([0, 0, 1]), 5)
         finally:
             model.to(torch.float32)
-    for c, rows, slots in ((cache, 2, 3), (more, 3, 8)):
+    for c, rows, slots in ((cache, 4, 5), (more, 3, 8)):
         assert c.bytes == sum(t.nbytes for t in c.keys + c.values) == cache_bytes(model.config, rows, slots, dtype)
     assert RowCache.now == before + cache.bytes + more.bytes <= RowCache.peak
     del c, cache
@@ -202,6 +220,43 @@ def test_sample_equals_a_decoder_without_cache(shape, spelling, temperature, sto
         assert any(s.finished for s in everything) or stop == "step"
         assert any(s.text.endswith("\n\n") for s in everything) or stop == "eos"
         assert len({len(s.token_ids) for s in everything}) > 3, "rows that end at different times"
+
+
+@pytest.mark.parametrize("stop", ["eos", "step"])
+@pytest.mark.parametrize("shape, temperature, least, most", [("qwen2", 0.06, 0, 0.6), ("llama", 0.06, 0, 0.6), ("qwen2", 5.0, 0.8, 1)])
+def test_samples_that_share_rows_are_what_they_are_alone(shape, temperature, least, most, stop):
+    """With much to share and little: the tokens of a decoder that gives every sample a row of its own, and a cache to go on
+    from, of samples that ended in a row that others went on in, too."""
+    model, tokenizer, n, longest = policy(shape), TOKENIZERS["builtin"], 12, 25
+    prompts = [data.encode_prompt(tokenizer, p) for p in PROMPTS]
+    noise = torch.from_numpy(np.random.default_rng(3).random((len(prompts) * n, longest), dtype=np.float32))
+    owner = torch.arange(len(prompts)).repeat_interleave(n)
+    step_end = search.StepEnd(tokenizer, CPU) if stop == "step" else None
+    results, read = [], []
+    for texts, place in ((prompts, owner), ([prompts[i] for i in owner], torch.arange(len(owner)))):
+        cache, ids, mask = prompt_cache(texts, CPU, len(owner), longest)
+        with tokens_read(model) as counter:
+            results.append(search.decode(model, cache, ids, mask, place, noise, temperature, tokenizer.eos_token_id, step_end))
+        read.append(counter["read"] - sum(map(len, texts)))
+        tokens, logprobs, place, slots = results[-1]
+        rows = torch.tensor(random.Random(0).sample(range(len(owner)), len(owner)))
+        cache = cache.select(place[rows], 1, slots[rows])
+        assert cache.mask.shape == (len(owner), max(len(prompts[owner[i]] + tokens[i]) for i in rows))
+        last = torch.tensor([tokens[i][-1:] for i in rows])
+        with torch.no_grad():
+            logits = feed(model, cache, last, torch.ones_like(last, dtype=torch.bool)).logits[:, -1]
+        expected = torch.stack([full_logits(model, prompts[owner[i]] + tokens[i])[-1] for i in rows])
+        torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-4)
+    (tokens, logprobs, place, slots), (alone, their_logprobs, their_place, _) = results
+    assert tokens == alone and sorted(their_place.tolist()) == list(range(len(owner)))
+    for mine, theirs in zip(logprobs, their_logprobs):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+    assert least <= read[0] / read[1] <= most
+    if most < 1 and stop == "step":  # the case has to hold what it is about
+        ends = {}
+        for row, slot in zip(place.tolist(), slots.tolist()):
+            ends.setdefault(row, set()).add(slot)
+        assert any(len(found) > 1 for found in ends.values()), "samples of different lengths in one row"
 
 
 def test_samples_are_a_function_of_seed_and_key():
@@ -384,9 +439,16 @@ def test_no_prefix_token_is_read_twice(method, temperature, models):
         _, count = search.tree_search(model, tokenizer, prm, tokenizer, PROMPTS, keep, expand, subtrees, temperature,
                                       max_new_tokens=40, max_steps=100, trace=trace)
     prompts = sum(len(data.encode_prompt(tokenizer, p)) for p in PROMPTS)
-    kept = [b for _, _, _, kept in trace for b in kept if not b.finished and len(b.token_ids) < 40]
-    sampled = len(PROMPTS) * subtrees * keep * expand + len(kept) * expand  # rows; a row's last token is read if it is kept
-    assert by_policy["read"] == prompts + count["generated"] - sampled + len(kept)
+    kept = {(depth, group): [b.token_ids for b in best if not b.finished and len(b.token_ids) < 40] for depth, group, _, best in trace}
+    last = sum(map(len, kept.values()))  # a candidate's last token is read if it is kept
+    sampled = len(PROMPTS) * subtrees * keep * expand + last * expand
+    assert by_policy["read"] <= prompts + count["generated"] - sampled + last
+    distinct = set()  # texts within a step; at the root, subtrees share what they have in common
+    for depth, group, new, _ in trace:
+        for ids in (b.token_ids for b in new):
+            begin = next(len(p) for p in kept[depth - 1, group] if ids[:len(p)] == p) if depth else 0
+            distinct |= {(group if depth else group // subtrees, tuple(ids[:n])) for n in range(begin + 1, len(ids))}
+    assert by_policy["read"] == prompts + len(distinct) + last
     steps = {(group, tuple(b.token_ids)): tokenizer(b.steps[-1] + ("" if b.finished else "\n\n"))["input_ids"]
              for _, group, new, _ in trace for b in new if b.token_ids != [1] and tokenizer.decode(b.token_ids[-2:]) != "\n\n<eos>"}
     assert by_prm["read"] == count["scored"] == prompts + sum(map(len, steps.values()))
@@ -403,8 +465,22 @@ def test_a_reward_model_with_dropout_is_not_noisy(models, tmp_path):
     prm = tdrm.load_reward_model(str(tmp_path)).eval()
     grow = lambda: [b.value for b in search.tree_search(policy(), tokenizer, prm, tokenizer, PROMPTS, 1, 2, max_new_tokens=20)[0]]  # noqa: E731
     before = grow()
-    search.score_texts(prm, tokenizer, "1+2", ["1+2=3", ""], Env())
+    search.score_texts(prm, tokenizer, ["1+2"], [["1+2=3", ""]], Env())
     assert grow() == before
+
+
+def test_responses_to_many_prompts_are_scored_together(models):
+    """Each as by itself; what is equal, or has no step, costs nothing."""
+    tokenizer, prm = TOKENIZERS["builtin"], models["qwen2"]
+    responses = [["1=1\n\n2", "3", "1=1\n\n2"], [" "], ["3", "", "4\n\n5\n\n6"], []]
+    values, tokens = search.score_texts(prm, tokenizer, PROMPTS, responses, Env())
+    for prompt, texts, mine, count in zip(PROMPTS, responses, values, tokens):
+        rows = {text: data.encode_trajectory(tokenizer, prompt, data.split_steps(text)) for text in texts if text.strip()}
+        assert count == sum(len(ids) for ids, _, _ in rows.values()) and len(mine) == len(texts)
+        for text, found in zip(texts, mine):
+            ids, _, ends = rows.get(text, ([0], None, []))
+            assert found == pytest.approx(full_logits(prm.eval(), ids)[ends, 0].sigmoid().tolist(), abs=1e-4)
+    assert search.score_texts(prm, tokenizer, ["1+2"], [["", " "]], Env()) == ([[[], []]], [0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -529,7 +605,7 @@ def test_a_table_with_several_reward_models(place, tmp_path, capsys):
         for row in raw[::10]:
             ids, _, ends = data.encode_trajectory(tokenizer, row["prompt"], row["completions"])
             assert row["values"][name] == pytest.approx(full_logits(prm, ids)[ends, 0].sigmoid().tolist(), abs=1e-4)
-    measured, estimated = map(float, re.search(r"peak ([\d.]+) MiB, from the\s+config ([\d.]+) MiB", screen).groups())
+    measured, estimated = map(float, re.search(r"a row for each sample: ([\d.]+) MiB, from the config ([\d.]+) MiB", screen).groups())
     assert measured > 1 and abs(measured - estimated) <= 0.1 * measured
     shown = screen[screen.index("beam search 2 x 2 with tokens"):].splitlines()
     assert shown[0].endswith(raw[0]["prompt"]) and shown[1].startswith("  depth 1: ")
