@@ -30,7 +30,7 @@ import math
 import os
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ import sft_minimal as sft
 import tdrm_minimal as tdrm
 from cache import RowCache, cache_bytes, feed, longest_context, pad, prompt_cache
 from data import BadInput
+from scorers import load_scorer
 from sft_minimal import opt
 
 
@@ -55,6 +56,8 @@ class Config:
     n: int = opt(16, "samples of each problem", low=1)
     beam: int = opt(4, "kept prefixes in beam search, subtrees in dvts", low=1)
     expand: tuple = opt((2, 4, 8), "next steps sampled from each kept prefix", low=1)
+    reduce: str = opt("auto", "how a prefix's value comes from its tokens' numbers (scorers.py); auto: by the model's kind",
+                      choices=("auto", "last", "sum", "mean"))
     aggregate: str = opt("last", "what a response's score is made of", choices=("last", "min", "mean", "prod"))
     temperature: float = opt(1.0, "of sampling; 0: the likeliest token", low=0)
     max_new_tokens: int = opt(128, "longest response", low=1)
@@ -189,6 +192,8 @@ class Beam:
     token_ids: list
     steps: list
     value: float = 0.0
+    score: float = 0.0  # sum over `scored` tokens of the reward model's numbers
+    scored: int = 0
     finished: bool = False
     row: int = 0  # in the policy's cache; of a candidate, not yet kept: its number among the samples
     prm_row: int = 0  # in the reward model's cache
@@ -235,21 +240,25 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
             name = (parent.group, tuple(parent.token_ids), tuple(new))
             if name not in candidates:  # a step without text (an end right after a blank line) leaves the value as it was
                 step = [text.strip()] if text.strip() else []
-                candidates[name] = Beam(parent.group, parent.token_ids + new, parent.steps + step, parent.value,
-                                        finished=new[-1] == eos_id, row=i, prm_row=len(where))
+                candidates[name] = replace(parent, token_ids=parent.token_ids + new, steps=parent.steps + step,
+                                           finished=new[-1] == eos_id, row=i, prm_row=len(where))
                 where.append(i)
         candidates = list(candidates.values())
         new_step = [len(b.steps) > len(parents[i].steps) for b, i in zip(candidates, where)]
         steps = [data.token_ids(prm_tokenizer, b.steps[-1] + ("" if b.finished else data.STEP_END)) if new else []
                  for b, new in zip(candidates, new_step)]
+        if getattr(prm, "reads_eos", False):
+            steps = [step + [prm_tokenizer.eos_token_id] * b.finished for step, b in zip(steps, candidates)]
         prm_ids, prm_mask = pad(steps, "right", device)
         prm_cache = prm_cache.select(torch.tensor([parents[i].prm_row for i in where], device=device), prm_ids.shape[1])
-        scores = feed(prm, prm_cache, prm_ids, prm_mask).logits[..., 0]  # (candidates, tokens)
+        scores = feed(prm, prm_cache, prm_ids, prm_mask).logits[..., 0].float()  # (candidates, tokens)
         count["scored"] += int(prm_mask.sum())
-        last = (prm_mask.sum(1, keepdim=True) - 1).clamp(min=0)  # of each new step
-        values = scores.gather(1, last)[:, 0].float().sigmoid()
-        for beam, value, new in zip(candidates, values.tolist(), new_step):
-            beam.value = value if new else beam.value
+        new_tokens = prm_mask.sum(1)
+        last, sums = scores.gather(1, (new_tokens[:, None] - 1).clamp(min=0))[:, 0], (scores * prm_mask).sum(1)
+        for beam, number, total, tokens_more in zip(candidates, last.tolist(), sums.tolist(), new_tokens.tolist()):
+            if tokens_more:
+                beam.score, beam.scored = beam.score + total, beam.scored + tokens_more
+                beam.value = value_of(prm, number, beam.score, beam.scored)
 
         # 3) Keep the best of each group; finished responses stay candidates.
         by_group = defaultdict(list)
@@ -279,6 +288,12 @@ def tree_search(model, tokenizer, prm, prm_tokenizer, prompts, keep, expand, sub
         pool = [b for g, p in enumerate(groups) if p == i for b in finished[g]] or [b for b in live if groups[b.group] == i]
         best.append(max(pool, key=lambda b: b.value, default=Beam(i, [], [])))
     return best, count
+
+
+def value_of(prm, last, total, tokens):
+    """The value of a prefix from its last token's number, or the sum or mean of all its tokens', by the model's kind."""
+    number = {"last": last, "sum": total, "mean": total / tokens}[getattr(prm, "reduce", "last")]
+    return 0.5 + 0.5 * math.tanh(0.5 * getattr(prm, "scale", 1.0) * number)  # the sigmoid, without overflow
 
 
 def step_noise(parents, groups, keys, seed, depth, length):
@@ -370,7 +385,10 @@ def score_texts(prm, tokenizer, prompts, responses, env):
     each prompt). All are scored together, equal responses to a prompt once."""
     rows = {(i, text): {"prompt": prompts[i], "completions": steps} for i, texts in enumerate(responses)
             for text in texts if (steps := data.split_steps(text))}
-    examples = data.encode_rows(rows.values(), tokenizer, max_length=10**9)[0] if rows else []
+    reads_eos = getattr(prm, "reads_eos", False)
+    examples = data.encode_rows(rows.values(), tokenizer, 10**9, eos=reads_eos)[0] if rows else []
+    for example in examples if reads_eos else []:
+        example["step_ends"][-1] += 1  # the whole response's value comes with its end
     alone = dataclasses.replace(env, rank=0, world=1)  # each process has its own problems
     values = dict(zip(rows, tdrm.score_rows(prm, examples, tokenizer.pad_token_id, alone)))
     tokens = [0] * len(prompts)
@@ -396,7 +414,8 @@ def search(cfg, env, level):
     models = {}
     for name in prms:
         try:
-            prm = tdrm.load_reward_model(name, dtype, new_head=False).to(env.device).eval()
+            prm = load_scorer(name, dtype, tdrm.load_reward_model).to(env.device).eval()
+            prm.reduce = prm.reduce if cfg.reduce == "auto" else cfg.reduce
             models[prm_name(name, prms)] = prm, data.load_tokenizer(name)
         except BadInput as error:
             raise BadInput(str(error).replace("--model", "--prm", 1)) from None

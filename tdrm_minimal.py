@@ -41,6 +41,7 @@ import data
 import sft_minimal as sft
 from data import BadInput
 from plumbing import merge
+from scorers import prefix_values
 from sft_minimal import opt
 
 
@@ -185,7 +186,11 @@ def score_rows(model, examples, pad_id, env, rows_at_once=64):
     for start in range(0, len(order), rows_at_once):
         rows = order[start:start + rows_at_once]
         batch = data.collate([examples[i] for i in rows], pad_id)
-        logits = step_values(model, batch["input_ids"].to(env.device), None, batch["step_ends"].to(env.device))
+        ids, ends = batch["input_ids"].to(env.device), batch["step_ends"].to(env.device)
+        if hasattr(model, "reduce"):  # another kind of reward model, or one to be read in another way (scorers.py)
+            logits = prefix_values(model, ids, ends, torch.tensor([examples[i]["prompt_length"] for i in rows], device=env.device))
+        else:
+            logits = step_values(model, ids, None, ends)
         values.update(zip(rows, (row[mask].tolist() for row, mask in zip(logits.sigmoid().cpu(), batch["step_mask"]))))
     model.train()
     values = merge(values, env)
