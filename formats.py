@@ -54,7 +54,8 @@ def read_trajectories(paths):
 
 
 def read_problems(paths):
-    """Yields the problems (question and gold answer) of one file or of a list of files."""
+    """Yields the problems (question and gold answer) of one file or of a list of files. A question may be blank: one that
+    cannot be asked is for the scripts to leave out and count."""
     return _read(paths, "problems")
 
 
@@ -210,7 +211,7 @@ def _question_answer(row):
     if marked:
         answer = _text(marked[3], f"answer after {marked[2].strip()}").strip()
         solution = solution or marked[1].strip()
-    return {"question": _text(*_pick(row, _QUESTION)), "answer": answer,
+    return {"question": _text(*_pick(row, _QUESTION), may_be_blank=True), "answer": answer,
             "solution": _text(solution, "solution") if solution else None}
 
 
@@ -221,7 +222,7 @@ def _math(row):
     answer = extract_answer(solution) if "\\boxed" in solution else None
     if not answer:
         raise BadInput("no gold answer: 'solution' has no \\boxed{} and there is no 'answer'")
-    return {"question": _text(*_pick(row, _QUESTION)), "answer": answer, "solution": solution}
+    return {"question": _text(*_pick(row, _QUESTION), may_be_blank=True), "answer": answer, "solution": solution}
 
 
 def _pair(row):
@@ -348,10 +349,10 @@ def _type(value):
     return names.get(type(value), "a number")
 
 
-def _text(value, name):
+def _text(value, name, may_be_blank=False):
     if not isinstance(value, str):
         raise BadInput(f"'{name}' should be text, is {_type(value)}")
-    if not value.strip():
+    if not value.strip() and not may_be_blank:
         raise BadInput(f"'{name}' is blank")
     return value
 

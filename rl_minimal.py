@@ -442,13 +442,13 @@ def load_problems(cfg, level, model, tokenizer, env):
         problems = problems[:cfg.problems or None]
     room = min(cfg.max_length, search.longest_context(model.config)) - cfg.max_new_tokens
     ids = [data.encode_prompt(tokenizer, p["question"]) for p in problems]
-    kept = [p for p, i in zip(problems, ids) if len(i) <= room]
+    kept = [p for p, i in zip(problems, ids) if p["question"].strip() and len(i) <= room]
     held_out = [p for p in held_out[:cfg.eval_problems] if len(data.encode_prompt(tokenizer, p["question"])) <= room]
     if not kept or not held_out:
         raise BadInput(f"--max_new_tokens {cfg.max_new_tokens}: no question leaves room for it within {room + cfg.max_new_tokens} "
                        "tokens (--max_length, or the model's own limit)")
     data.check_ids(model, [{"input_ids": i} for i in ids], cfg.model)
-    env.print(f"{len(kept)} questions ({len(problems) - len(kept)} too long), {cfg.steps} steps of {cfg.prompts_per_step} x "
+    env.print(f"{len(kept)} questions ({len(problems) - len(kept)} blank or too long), {cfg.steps} steps of {cfg.prompts_per_step} x "
               f"{cfg.group_size}, {env.world} processes on {env.device.type}")
     return kept, held_out
 

@@ -422,9 +422,9 @@ def search(cfg, env, level):
     problems = data.make_problems(cfg.problems or 200, "test", 0, level) if level else list(data.read_problems(cfg.data))
     problems = problems[:cfg.problems or None]
     limit = longest_context(model.config) - cfg.max_new_tokens
-    fits = [len(data.encode_prompt(tokenizer, p["question"])) <= limit for p in problems]
+    fits = [0 < len(p["question"].strip()) and len(data.encode_prompt(tokenizer, p["question"])) <= limit for p in problems]
     for i in [i for i, ok in enumerate(fits) if not ok]:
-        env.print(f"left out, too long for the model: {problems[i].get('source', i)}")
+        env.print(f"left out, blank or too long for the model: {problems[i].get('source', i)}")
     problems = [p for p, ok in zip(problems, fits) if ok]
     if not problems:
         raise BadInput("--data: there is no problem that leaves room for a response")

@@ -1,39 +1,50 @@
-"""Learning results over several seeds, as they come out: `python tests/study.py PART [--seeds N] [--jobs J]`.
+"""Which of the three papers' claims hold in miniature? `python tests/study.py [PART ...] [--seeds N] [--jobs J] [--quick]`.
 
     tdrm    ScalarORM, ScalarPRM and TDRM on held-out built-in solutions: smoothness, AUROC, calibration, first error
     search  greedy search and best-of-n on 1000 held-out built-in problems with those reward models
+    rl      rule-only, blended and PRM-only rewards on the hard level
+    prime   PRIME against outcomes only, its design choices, and controls, on the hard level
+    qrm     Q-RM, ORM and DPO-RM: pairs, best-of-n, and RL on the hard level
 
-Every run is a run of the project's own scripts with its own --seed, kept in runs/study and not repeated while its summary.json is there.
-A table prints mean ± standard deviation over seeds, in Markdown.
+Every run is a run of the project's own scripts with its own --seed, kept in runs/study and not repeated while its
+summary.json is there: a stopped study goes on where it was. All figures go to results.json, and from there into the
+README, between <!-- study:NAME --> and <!-- end -->. Cells are mean ± half a 95% interval (Student's t) over the seeds.
+`--quick` runs everything small, in runs/quick, and changes neither file.
 """
 import argparse
 import concurrent.futures
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
+from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-METHODS = ("scalar_orm", "scalar_prm", "tdrm")
-MEASURES = {"abs_delta_v": "mean abs dV", "lipschitz": "largest abs dV", "td_error_mean": "TD error", "auroc_second_last": "AUROC, second-last",
-            "auroc_middle": "AUROC, middle", "calibration_error": "calibration error", "first_error_f1": "first-error F1"}
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t at 97.5%, by number of seeds
 
 
-def run(jobs, commands):
+# --------------------------------------------------------------------------------------------------
+# Runs.
+
+def run(args, commands):
     """Run scripts, one process each, `jobs` at a time: [(out folder, [script, option...])...]."""
+    jobs = args.jobs
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    todo = [c for c in commands if not os.path.exists(os.path.join(ROOT, c[0], "summary.json"))]
 
     def one(out, command):
-        if os.path.exists(os.path.join(ROOT, out, "summary.json")):
-            return
-        result = subprocess.run([sys.executable, *command, "--out", out], cwd=ROOT, env=os.environ | threads, capture_output=True, text=True)
+        result = subprocess.run([sys.executable, *command, "--out", out, "--resume"], cwd=ROOT, env=os.environ | threads,
+                                capture_output=True, text=True)
         if result.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
-        print(f"done: {' '.join(command)}", file=sys.stderr)
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda c: one(*c), commands))
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc="runs", disable=not todo) as bar:
+        for done in concurrent.futures.as_completed([pool.submit(one, *c) for c in todo]):
+            done.result()
+            bar.update()
 
 
 def summary(out):
@@ -41,48 +52,236 @@ def summary(out):
         return json.load(f)
 
 
-def cell(numbers):
-    return f"{np.mean(numbers):.3f} ± {np.std(numbers, ddof=1) if len(numbers) > 1 else 0:.3f}"
+def metrics(out):
+    with open(os.path.join(ROOT, out, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def spread(numbers):
+    """-> mean, half a 95% interval over seeds."""
+    numbers = [x for x in numbers if x is not None and math.isfinite(x)]
+    if len(numbers) < 2:
+        return (numbers or [math.nan])[0], 0.0
+    return float(np.mean(numbers)), T95.get(len(numbers), 1.96) * float(np.std(numbers, ddof=1)) / len(numbers)**0.5
+
+
+def cell(numbers, digits=3):
+    mean, half = spread(numbers)
+    return "-" if math.isnan(mean) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def table(head, rows):
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|"] + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+# --------------------------------------------------------------------------------------------------
+# Reward models, and search with them.
+
+METHODS = ("scalar_orm", "scalar_prm", "tdrm")
+MEASURES = {"abs_delta_v": "mean abs dV", "lipschitz": "largest abs dV", "td_error_mean": "TD error", "auroc_second_last": "AUROC, second-last",
+            "auroc_middle": "AUROC, middle", "calibration_error": "calibration error", "first_error_f1": "first-error F1"}
+
+
+def policy(args, level="builtin"):
+    out = args.place + "/sft" + level.removeprefix("builtin")
+    run(args, [(out, ["sft_minimal.py", "--data", level, *(["--steps", "30", "--eval_problems", "50"] if args.quick else [])])])
+    return out + "/model"
 
 
 def reward_models(args):
     """Train every reward model under every seed -> {(method, seed): folder}."""
-    run(1, [("runs/sft", ["sft_minimal.py"])])
-    folders = {(m, s): f"runs/study/{m}-{s}" for m in METHODS for s in range(args.seeds)}
-    run(args.jobs, [(out, ["tdrm_minimal.py", "--method", m, "--seed", str(s), "--eval_every", "0"]) for (m, s), out in folders.items()])
+    model = policy(args)
+    small = ["--problems", "300"] if args.quick else []
+    folders = {(m, s): f"{args.place}/{m}-{s}" for m in METHODS for s in range(args.seeds)}
+    run(args, [(out, ["tdrm_minimal.py", "--model", model, "--method", m, "--seed", str(s), "--eval_every", "0", *small])
+               for (m, s), out in folders.items()])
     return folders
 
 
 def tdrm(args):
     folders = reward_models(args)
-    print("| method | " + " | ".join(MEASURES.values()) + " |\n|---|" + "---|" * len(MEASURES))
-    for method in METHODS:
-        results = [summary(folders[method, s]) for s in range(args.seeds)]
-        print(f"| {method} | " + " | ".join(cell([r[key] for r in results]) for key in MEASURES) + " |")
+    return {m: {key: [summary(folders[m, s])[key] for s in range(args.seeds)] for key in MEASURES} for m in METHODS}
+
+
+def tdrm_tables(results):
+    yield "tdrm", table(["method", *MEASURES.values()], [[m, *[cell(results[m][key]) for key in MEASURES]] for m in METHODS])
 
 
 def search(args):
-    folders, outs = reward_models(args), [f"runs/study/search-{s}" for s in range(args.seeds)]
-    run(args.jobs, [(out, ["search_minimal.py", "--problems", "1000", "--n", "64", "--beam", "1", "--expand", "2", "4", "8", "16",
-                           "--seed", str(s), "--prm", *[f"{folders[m, s]}/model" for m in METHODS]]) for s, out in enumerate(outs)])
-    rows = [{(r["method"], r["n"]): r["accuracy"] for r in summary(out)["rows"]} for out in outs]
-    names = [f"{m}-{{}}" for m in METHODS]
-    for title, keys in (("greedy search, b =", [("greedy search {}, ", b, 1) for b in (2, 4, 8, 16)]),
-                        ("best-of-n, n =", [("best-of-n, ", n, n) for n in (4, 8, 16, 32, 64)])):
-        print(f"\n| {title} | " + " | ".join(str(b) for _, b, _ in keys) + " |\n|---|" + "---|" * len(keys))
-        for method, name in zip(METHODS, names):
-            print(f"| {method} | " + " | ".join(cell([row[prefix.format(b) + name.format(s), n] for s, row in enumerate(rows)])
-                                                for prefix, b, n in keys) + " |")
-    for method in ("pass@1", "greedy decoding", "majority", "oracle"):
-        print(method, {n: cell([row[method, n] for row in rows]) for m, n in rows[0] if m == method})
+    folders = reward_models(args)
+    seeds = range(min(args.seeds, 3))
+    outs = [f"{args.place}/search-{s}" for s in seeds]
+    size = ["--problems", "20", "--n", "8", "--expand", "2", "4"] if args.quick else \
+        ["--problems", "1000", "--n", "64", "--expand", "2", "4", "8", "16"]
+    run(args, [(out, ["search_minimal.py", "--model", policy(args), "--beam", "1", "--seed", str(s), *size, "--prm",
+                      *[f"{folders[m, s]}/model" for m in METHODS]]) for s, out in enumerate(outs)])
+    rows = [{(re.sub(r"-\d+$", "", r["method"]), r["n"]): r["accuracy"] for r in summary(out)["rows"]} for out in outs]
+    return {f"{m} @ {n}": [row[m, n] for row in rows] for m, n in rows[0]}
 
 
-PARTS = {"tdrm": tdrm, "search": search}
+def search_tables(results):
+    for name, title, keys in (("greedy-search", "greedy search, b =", [("greedy search {}, {} @ 1", b) for b in (2, 4, 8, 16)]),
+                              ("best-of-n", "best-of-n, n =", [("best-of-n, {1} @ {0}", n) for n in (4, 8, 16, 32, 64)])):
+        yield name, table([title, *[str(n) for _, n in keys]],
+                          [[m, *[cell(results.get(key.format(n, m), [])) for key, n in keys]] for m in METHODS])
 
-if __name__ == "__main__":
+
+# --------------------------------------------------------------------------------------------------
+# Reinforcement learning.
+
+LIMITS = ["--data", "builtin-hard", "--problems", "500", "--prompts_per_step", "16", "--steps", "100", "--eval_every", "20",
+          "--eval_problems", "300", "--show_every", "0", "--save_every", "0"]
+SMALL = ["--data", "builtin-hard", "--problems", "40", "--prompts_per_step", "2", "--group_size", "4", "--steps", "2", "--eval_every", "0",
+         "--eval_problems", "8", "--show_every", "0", "--save_every", "0"]
+
+RL = {"rule-only": ["--alpha", "1"],
+      "ScalarPRM blend": ["--prm", "scalar_prm"],
+      "TDRM blend": ["--prm", "tdrm"],
+      "TDRM blend, on-policy": ["--prm", "tdrm", "--prm_lr", "3e-4"],
+      "TDRM blend, dr_grpo": ["--prm", "tdrm", "--estimator", "dr_grpo"],
+      "PRM-only": ["--prm", "tdrm", "--alpha", "0"],
+      "PRM-only, on-policy": ["--prm", "tdrm", "--alpha", "0", "--prm_lr", "3e-4"]}
+
+OFF = ["--prm", "none"]
+PRIME = {"outcomes only": OFF,
+         "PRIME": [],
+         "double forward": ["--update", "before"],
+         "offline PRM": ["--update", "none", "--prm", "offline"],
+         "offline-trained PRM, online": ["--prm", "offline"],
+         "policy reference": ["--reference", "policy"],
+         "whole response": ["--granularity", "whole"],
+         "no filter": ["--accuracy", "0", "1"],
+         "REINFORCE, outcomes": ["--estimator", "reinforce", *OFF], "REINFORCE, PRIME": ["--estimator", "reinforce"],
+         "GRPO, outcomes": ["--estimator", "grpo", *OFF], "GRPO, PRIME": ["--estimator", "grpo"],
+         "PPO, outcomes": ["--estimator", "ppo", *OFF], "PPO, PRIME": ["--estimator", "ppo"],
+         "PRIME as value model": ["--estimator", "value"],
+         "control: shuffled over tokens": ["--shuffle_process"],
+         "control: process weight 0": ["--process_weight", "0"]}
+
+
+def curves(args, script, settings, prefix):
+    """Runs of an RL script under every setting and seed -> {setting: {"curve": per seed [[questions, pass@1, greedy]], ...}}."""
+    outs = {(name, s): f"{args.place}/{prefix}-{re.sub('[^a-z0-9]+', '-', name.lower())}-{s}" for s in range(args.seeds) for name in settings}
+    size, model = SMALL if args.quick else LIMITS, policy(args, "builtin-hard")
+    run(args, [(out, [script, "--model", model, *size, "--seed", str(s), *settings[name]])
+               for (name, s), out in outs.items()])
+    results = {}
+    for name in settings:
+        rows = [metrics(outs[name, s]) for s in range(args.seeds)]
+        last = [summary(outs[name, s]) for s in range(args.seeds)]
+        results[name] = {"curve": [[[r.get("questions", 0), r["pass@1"], r["greedy"]] for r in run if "pass@1" in r]
+                                   + [[run[-1]["questions"], end["pass@1"], end["greedy"]]] for run, end in zip(rows, last)],
+                         "train": [[round(float(np.mean([r["verifiable"] for r in run[1:][i:i + 10]])), 4)
+                                    for i in range(0, len(run) - 1, 10)] for run in rows]}
+        for key in ("pair_accuracy", "pair_accuracy_after", "prm_auroc", "prm_auroc_after", "truncated", "response_length"):
+            if any(key in r for r in rows[0]):
+                results[name][key] = [[round(float(np.nanmean([r[key] if r.get(key) is not None else np.nan for r in run[1:][i:i + 10]] or [np.nan])), 4)
+                                       for i in range(0, len(run) - 1, 10)] for run in rows]
+    return results
+
+
+def reward_models_hard(args):
+    model = policy(args, "builtin-hard")
+    small = ["--problems", "300"] if args.quick else []
+    run(args, [(f"{args.place}/{m}-hard", ["tdrm_minimal.py", "--model", model, "--data", "builtin-hard", "--method", m, "--eval_every", "0", *small])
+               for m in ("tdrm", "scalar_prm")])
+
+
+def rl(args):
+    reward_models_hard(args)
+    paths = {m: f"{args.place}/{m}-hard/model" for m in ("tdrm", "scalar_prm")}
+    return curves(args, "rl_minimal.py", {name: [paths.get(o, o) for o in options] for name, options in RL.items()}, "rl")
+
+
+def prime(args):
+    offline = f"{args.place}/prime-offline"  # a PRM trained on the initial policy's samples alone: the policy's lr is 0
+    run(args, [(offline, ["prime_minimal.py", "--model", policy(args, "builtin-hard"), *(SMALL if args.quick else LIMITS), "--seed", "100", "--lr", "0"])])
+    return curves(args, "prime_minimal.py", {name: [offline + "/prm" if o == "offline" else o for o in options]
+                                             for name, options in PRIME.items()}, "prime")
+
+
+def first_at(curve, accuracy):
+    """Questions after which a curve first reaches an accuracy, interpolated; None if it never does."""
+    for (q0, a0, _), (q1, a1, _) in zip(curve, curve[1:]):
+        if a0 < accuracy <= a1:
+            return q0 + (q1 - q0) * (accuracy - a0) / (a1 - a0)
+    return None
+
+
+def curve_table(results, baseline):
+    """Final accuracies; questions to reach half and 0.9 of the best final accuracy of the table; paired against a baseline."""
+    best = max(np.mean([c[-1][1] for c in r["curve"]]) for r in results.values())
+    rows = []
+    for name, r in results.items():
+        final = [c[-1][1] for c in r["curve"]]
+        gain = [a - c[-1][1] for a, c in zip(final, results[baseline]["curve"])]
+        reach = []
+        for share in (0.5, 0.9):
+            counts = [first_at(c, share * best) for c in r["curve"]]
+            hit = [x for x in counts if x is not None]
+            reach.append(f"{np.mean(hit):.0f} ({len(hit)}/{len(counts)})" if hit else f"never (0/{len(counts)})")
+        rows.append([name, cell(final), cell([c[-1][2] for c in r["curve"]]), "" if name == baseline else cell(gain), *reach])
+    return table(["rewards", "pass@1", "greedy", f"pass@1 minus {baseline}", "questions to half of the best", "to 0.9 of the best"], rows)
+
+
+def rl_tables(results):
+    yield "rl", curve_table(results, "rule-only")
+    yield "rl-auroc", table(["rewards", *[f"steps {i}-{i + 9}" for i in range(1, 100, 30)], "truncated at the end"], [
+        [name, *[cell([run[i] for run in r["prm_auroc"]]) for i in range(0, len(r["prm_auroc"][0]), 3)],
+         cell([run[-1] for run in r["truncated"]])] for name, r in results.items() if "prm_auroc" in r])
+
+
+def prime_tables(results):
+    yield "prime", curve_table(results, "outcomes only")
+    yield "prime-pairs", table(["PRM", *[f"steps {i}-{i + 9}" for i in range(1, 100, 30)]], [
+        [name, *[cell([run[i] for run in results[name]["pair_accuracy"]]) for i in range(0, len(results[name]["pair_accuracy"][0]), 3)]]
+        for name in ("PRIME", "double forward", "offline PRM", "offline-trained PRM, online", "policy reference")
+        if "pair_accuracy" in results[name]])
+
+
+# --------------------------------------------------------------------------------------------------
+
+PARTS = {"tdrm": (tdrm, tdrm_tables), "search": (search, search_tables), "rl": (rl, rl_tables), "prime": (prime, prime_tables)}
+
+
+def write_readme(results):
+    """Every table between its markers in the README, from the results."""
+    path = os.path.join(ROOT, "README.md")
+    with open(path) as f:
+        text = f.read()
+    for part, (_, tables) in PARTS.items():
+        for name, lines in tables(results[part]) if part in results else ():
+            text = re.sub(rf"(<!-- study:{name} -->\n).*?(<!-- end -->)", lambda m: m[1] + lines + "\n" + m[2], text, flags=re.S)
+    with open(path, "w") as f:
+        f.write(text)
+
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; none: all, or `readme`: only write the tables again")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    arguments = parser.parse_args()
-    PARTS[arguments.part](arguments)
+    parser.add_argument("--quick", action="store_true", help="everything small: shows that it runs")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS) - {"readme"}:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    args.place, args.seeds = ("runs/quick", 2) if args.quick else ("runs/study", args.seeds)
+    path, results = os.path.join(ROOT, "results.json"), {}
+    if os.path.exists(path) and not args.quick:
+        with open(path) as f:
+            results = json.load(f)
+    for part in args.parts or PARTS:
+        if part in PARTS:
+            results[part] = PARTS[part][0](args)
+            for name, lines in PARTS[part][1](results[part]):
+                print(f"\n{name}\n{lines}", flush=True)
+            if not args.quick:
+                with open(path + ".tmp", "w") as f:
+                    json.dump(results, f, indent=None, separators=(",", ":"))
+                os.replace(path + ".tmp", path)
+    if not args.quick:
+        write_readme(results)
+
+
+if __name__ == "__main__":
+    main()

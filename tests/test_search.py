@@ -658,6 +658,13 @@ def test_a_problem_that_is_too_long_is_left_out_and_the_others_go_on(place, tmp_
     assert without_clock(summary)[0] == without_clock(run(place, tmp_path, prm=("none",), out=str(tmp_path / "short")))[0]
 
 
+def test_a_blank_problem_is_left_out_and_the_others_go_on(place, tmp_path, capsys):
+    write_rows(tmp_path / "blank.jsonl", [{"question": "1+2", "answer": "3"}, {"question": " \n", "answer": "1"}])
+    summary = run(place, tmp_path, data=(str(tmp_path / "blank.jsonl"),), prm=("none",))
+    assert (summary["problems"], summary["left_out"]) == (1, 1)
+    assert re.search(r"left out, blank.*blank\.jsonl.*2", capsys.readouterr().out)
+
+
 def test_equal_answers_are_one_whatever_their_spelling(place, tmp_path, monkeypatch):
     """Four responses: wrong, right, another wrong, right in another spelling. Only who groups by value finds the majority."""
     pairs = [("0.5", "\\frac{1}{2}"), ("\\sqrt{8}", "2\\sqrt{2}"), ("x+1", "1+x")]
