@@ -39,6 +39,7 @@ import torch
 
 from answers import answer_key, extract_answer, verify  # noqa: F401  (data.verify is the project's one answer check)
 from formats import BadInput, read_pairs, read_problems, read_trajectories, recognise  # noqa: F401
+from plumbing import in_turn
 
 STEP_END = "\n\n"  # what closes a step in a response; the last step is closed by the end of the response
 
@@ -304,7 +305,10 @@ def from_pretrained(load, name, **options):
 def load_model(kind, name, new=(), **options):
     """A model all of whose weights are in its files. The library would make up missing ones at random; only those whose
     names begin as in `new` may be."""
-    model, report = from_pretrained(kind.from_pretrained, name, output_loading_info=True, **options)
+    with in_turn():
+        model, report = from_pretrained(kind.from_pretrained, name, output_loading_info=True, **options)
+        if torch.cuda.is_available():
+            model.cuda()
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(tuple(new)))
     if missing:
         raise BadInput(f"--model {name}: {len(missing)} weights are not in its files, {missing[0]} for one")

@@ -6,6 +6,7 @@
     open_run  the run's folder: config.json, metrics.jsonl (Log), summary.json (write_json), state/
 """
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -66,6 +67,8 @@ def launch(main, Config):
     """Parse the options, join the processes, run `main(cfg, env)`. What a user can mend: one line and exit status 1."""
     try:
         cfg = parse(Config)
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts: go on, do not begin again
+            cfg = dataclasses.replace(cfg, resume=True)
         main(cfg, setup())
     except (BadInput, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -120,6 +123,22 @@ def merge(mine, env):
     return {key: value for part in parts for key, value in part.items()}
 
 
+@contextlib.contextmanager
+def in_turn():
+    """The processes of a node go through one after the other: each loads its model into host memory on the way to its GPU,
+    and eight times 7B at once would be 120 GB there."""
+    turns, mine = 0, int(os.environ.get("LOCAL_RANK", 0))
+    if dist.is_initialized():
+        turns = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    try:
+        for _ in range(mine if turns else 0):
+            dist.barrier()
+        yield
+    finally:
+        for _ in range(turns - mine):
+            dist.barrier()
+
+
 def peak_mib(env):
     """Most memory this process has had so far: the GPU's, without one its own."""
     if env.device.type == "cuda":
@@ -166,7 +185,28 @@ def last_checkpoint(cfg):
         if name not in free and before.get(name, value) != value:
             raise BadInput(f"--resume: {cfg.out} was started with --{name} {before[name]}, not {value}")
     found = [name for name in os.listdir(state) if name.startswith("step_")] if os.path.isdir(state) else []
-    return os.path.join(state, max(found)) if found else None
+    for folder in (os.path.join(state, name) for name in sorted(found, reverse=True)):
+        if reason := damage(folder):
+            print(f"--resume: {folder} is damaged ({reason}); looking for the checkpoint before it", file=sys.stderr)
+        else:
+            return folder
+    return None
+
+
+def damage(folder):
+    """What is wrong with a checkpoint's files, or None. Looks at their outlines only: no weights are read."""
+    from safetensors import safe_open
+    ranks = []
+    for place, _, files in os.walk(folder):
+        for path in (os.path.join(place, name) for name in files):
+            try:
+                if path.endswith(".pt"):
+                    ranks.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["world"])
+                elif path.endswith(".safetensors"):
+                    safe_open(path, "pt")
+            except Exception as error:  # a damaged file raises almost anything
+                return f"{os.path.relpath(path, folder)}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    return None if ranks and len(ranks) == ranks[0] else f"{len(ranks)} rank files of {(ranks or ['?'])[0]}"
 
 
 def write_json(path, value):

@@ -269,17 +269,20 @@ def save_checkpoint(cfg, env, step, model, tokenizer, optimizer, **others):
     state = {"step": step, "world": env.world, "rng": torch.get_rng_state(),
              "cuda_rng": torch.cuda.get_rng_state() if env.device.type == "cuda" else None,
              "optimizers": {name: optimizer_states(m, opt) for name, (m, _, opt) in models.items()}}
-    torch.save(state, os.path.join(tmp, f"rank{env.rank}.pt"))
-    if env.rank == 0:
-        for name, (m, tok, _) in models.items():
+    try:
+        torch.save(state, os.path.join(tmp, f"rank{env.rank}.pt"))
+        for name, (m, tok, _) in models.items() if env.rank == 0 else ():
             m.save_pretrained(os.path.join(tmp, name))
             tok.save_pretrained(os.path.join(tmp, name))
+    except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, by who meets it
+        raise BadInput(f"--out {cfg.out}: the checkpoint of step {step} could not be written "
+                       f"({str(error).splitlines()[0]}); the one before it is whole, --resume continues from there") from None
     barrier(env)
     if env.rank == 0:
         os.rename(tmp, folder)
-        for name in os.listdir(os.path.join(cfg.out, "state")):
-            if name != os.path.basename(folder):
-                shutil.rmtree(os.path.join(cfg.out, "state", name))
+        states = os.path.join(cfg.out, "state")
+        for name in sorted(os.listdir(states))[:-2]:  # the one before stays, should this one's files be damaged
+            shutil.rmtree(os.path.join(states, name))
 
 
 def optimizer_states(model, optimizer):
@@ -292,25 +295,20 @@ def load_checkpoint(folder, env, model, optimizer, **others):
     """Optimizer and random state from a checkpoint (the weights are loaded as from any model folder) -> steps done.
 
     On another number of processes each takes the masters and moments it now holds from whichever wrote them."""
-    try:
-        files = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".pt")]
-        states = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in files]
-        if not states or len(states) != states[0]["world"]:
-            raise BadInput(f"{len(states)} of its rank files are there")
-        for name, (model, optimizer) in ({"": (model, optimizer)} | others).items():
-            local, saved = getattr(optimizer, "optim", optimizer), {}
-            for state in states:
-                saved |= state["optimizers"][name]
-            for i, p in enumerate(model.parameters()):
-                if p in local.masters:
-                    local.load_state(p, saved[i])
-    except Exception as error:  # a damaged file raises almost anything
-        raise BadInput(f"--resume: the checkpoint {folder} is damaged ({str(error).splitlines()[0]}); without it, "
-                       "--resume takes the one before or starts again") from None
+    files = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".pt")]
+    states = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in files]
+    for name, (model, optimizer) in ({"": (model, optimizer)} | others).items():
+        local, saved = getattr(optimizer, "optim", optimizer), {}
+        for state in states:
+            saved |= state["optimizers"][name]
+        for i, p in enumerate(model.parameters()):
+            if p in local.masters:
+                local.load_state(p, saved[i])
     if len(states) == env.world:
-        torch.set_rng_state(states[env.rank]["rng"].clone())
-        if states[env.rank]["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(states[env.rank]["cuda_rng"].clone())
+        mine = next(state for state, path in zip(states, files) if path.endswith(f"rank{env.rank}.pt"))
+        torch.set_rng_state(mine["rng"].clone())
+        if mine["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(mine["cuda_rng"].clone())
     return states[0]["step"]
 
 

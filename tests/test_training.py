@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -174,7 +175,8 @@ def metrics(out):
 def assert_same_run(out, expected):
     for name in ("metrics.jsonl", "summary.json", "model/model.safetensors"):
         assert (out / name).read_bytes() == (expected / name).read_bytes(), name
-    assert os.listdir(out / "state") == ["step_00000006"]  # no remains of a checkpoint, old or half
+    states = sorted(os.listdir(out / "state"))  # the last and the one before: no remains of older ones, or of half a one
+    assert len(states) == 2 and states[1] == "step_00000006" and states[0].startswith("step_")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,7 +447,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(script, world, fault, refe
     assert not (out / "model").exists()
     if not killed:  # it saved what it had
         last = f"step_{FAULTS[fault][1] + 1:08d}"
-        assert os.listdir(out / "state") == [last]
+        assert max(os.listdir(out / "state")) == last
     assert ranks(world, tmp_path, train, script, {**options, "resume": True}) == [0] * world
     assert_same_run(out, expected)
 
@@ -502,16 +504,44 @@ def test_resume_with_another_number_of_processes(before, now, reference, home, t
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["rank1.pt", "model.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "garbage"])
-def test_damaged_checkpoint(damage, reference, home, tmp_path):
+def test_damaged_checkpoint(damage, name, reference, home, tmp_path, capfd):
+    """The one before it is taken, and the run ends where it would have."""
+    if (damage, name) == ("gone", "model.safetensors"):
+        pytest.skip("a folder without weights is met when they are loaded")
     out = tmp_path / "run"
     shutil.copytree(reference("tdrm", 2), out)
-    path = out / "state" / "step_00000006" / "rank1.pt"
+    path = out / "state" / "step_00000006" / name
     path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:100] if damage == "cut" else b"x" * 5000)
-    assert ranks(2, tmp_path, train, "tdrm", settings("tdrm", home, out, resume=True)) == [1, 1]
-    message = open(f"{out}.error").read()
-    assert str(path.parent) in message and "damaged" in message and "\n" not in message
-    assert (out / "metrics.jsonl").read_bytes() == (reference("tdrm", 2) / "metrics.jsonl").read_bytes()
+    assert ranks(2, tmp_path, train, "tdrm", settings("tdrm", home, out, resume=True)) == [0, 0]
+    message = capfd.readouterr().err
+    assert str(path.parent) in message and "damaged" in message and "before it" in message
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (out / name).read_bytes() == (reference("tdrm", 2) / name).read_bytes()
+
+
+def small_disk(env, at):
+    """From the checkpoint of step `at` on, no file may become larger than a kilobyte."""
+    save = sft.save_checkpoint
+
+    def patched(cfg, env, step, *models, **others):
+        if step >= at:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        save(cfg, env, step, *models, **others)
+    sft.save_checkpoint = patched
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_full_disk(world, reference, home, tmp_path):
+    out = tmp_path / "run"
+    assert 1 in ranks(world, tmp_path, train, "tdrm", settings("tdrm", home, out), (small_disk, 4))
+    message = open(f"{out}.error").read() if os.path.exists(f"{out}.error") else "checkpoint of step 4 could not be written"
+    assert "checkpoint of step 4 could not be written" in message and "\n" not in message
+    assert "step_00000002" in os.listdir(out / "state") and "step_00000004" not in os.listdir(out / "state")
+    assert ranks(world, tmp_path, train, "tdrm", settings("tdrm", home, out, resume=True)) == [0] * world
+    assert_same_run(out, reference("tdrm", world))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
