@@ -22,6 +22,7 @@ tokens that is 6 x (weights in linear layers) x T + 6 x layers x hidden x T^2 (h
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import itertools
 import os
 import sys
@@ -41,6 +42,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import rl_minimal as rl
 import search_minimal as search
 import sft_minimal as sft
 import tdrm_minimal as tdrm
@@ -350,8 +352,103 @@ def part_search(args):
         sampling(title, policy, max_new_tokens=160)
 
 
+# ----------------------------------------------------------------------------------------------------
+# rl
+
+def part_rl(args):
+    """Seconds a GRPO step on verifiable rewards, split into sampling and update, against TRL's GRPOTrainer."""
+    from transformers import AutoModelForCausalLM
+    folder = sft.builtin_policy("builtin", ENV)
+    tokenizer, prompts, group = data.load_tokenizer(folder), 2 if args.quick else 16, 8
+    cfg = rl.Config(prompts_per_step=prompts, group_size=group, batch_size=prompts * group, max_new_tokens=64, lr=1e-9, weight_decay=0.0)
+    problems, seconds, tokens, steps = data.make_problems(prompts * 20), {}, [], 1 if args.quick else 8
+    model, policy = sft.prepare(AutoModelForCausalLM.from_pretrained(folder), cfg, ENV, sft.Policy)
+    optimizer, count = sft.make_optimizer(model, cfg, ENV), itertools.count()
+
+    def ours():
+        begin, sampling = time.perf_counter(), 0.0
+        for step in itertools.islice(count, steps):
+            start = time.perf_counter()
+            first = step * prompts % len(problems)
+            rows = rl.rollout(model, tokenizer, problems[first:first + prompts], range(step * prompts, (step + 1) * prompts), cfg, ENV)
+            model.train()
+            sampling += time.perf_counter() - start
+            advantages = rl.group_advantages(torch.tensor([row["verifiable"] for row in rows]), group)
+            for row, advantage in zip(rows, advantages.tolist()):
+                row["advantages"] = np.full(len(row["old_logprobs"]), advantage, dtype=np.float32)
+            rl.update_policy(policy, model, optimizer, rows, 1e-9, cfg, ENV, tokenizer.pad_token_id)
+            tokens.append((sum(len(row["old_logprobs"]) for row in rows), sum(len(row["input_ids"]) for row in rows),
+                           sum(len(row["input_ids"]) for row in rl.distinct(rows))))
+        total = time.perf_counter() - begin
+        seconds.setdefault("ours", []).append((sampling / steps, (total - sampling) / steps))
+        return steps / total
+
+    ours()
+    trl = importlib.import_module("trl") if importlib.util.find_spec("trl") else None
+    version = f"trl {trl.__version__}" if trl else "trl not installed: ours alone"
+    print(f"rl: steps a second, {prompts} prompts x {group} samples, up to 64 tokens, {torch.get_num_threads()} threads; {version}")
+    with tempfile.TemporaryDirectory() as place:
+        other = trl_grpo(trl, place, folder, tokenizer, problems, prompts, group, steps, seconds) if trl else None
+        if other:
+            compare("ours / TRL GRPOTrainer", None, ours, other, args.repeats)
+        else:
+            print(f"  ours: {median(ours() for _ in range(args.repeats)):.3g} steps a second")
+    n = 256 if args.quick else 2048
+    peak = 2 * n**3 / min(timeit.repeat("a @ a", "a = torch.randn(n, n)", repeat=8, number=1, globals={"torch": torch, "n": n}))
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    generated, whole, different = np.mean(tokens, axis=0)
+    for side, parts in seconds.items():
+        sampling, update = np.median(parts, axis=0)
+        print(f"  {side:<5} sampling {sampling:.3f} s ({2 * weights * generated / sampling / peak:.0%} of peak), "
+              f"update {update:.3f} s ({6 * weights * whole / update / peak:.0%})")
+    print(f"  {generated:.0f} tokens generated a step; of {whole:.0f} with prompts, {different:.0f} in different responses, which is all we "
+          f"train on; peak {peak / 1e9:.0f} GFLOP/s")
+
+
+def trl_grpo(trl, place, folder, tokenizer, problems, prompts, group, steps, seconds, warmup=1):
+    from datasets import Dataset  # comes with trl
+    from transformers import AutoModelForCausalLM
+
+    class Clock(transformers.TrainerCallback):
+        times = {}
+
+        def on_step_end(self, args, state, control, **_):
+            self.times[state.global_step] = time.perf_counter(), sampling[0]
+
+    def reward(completions, answer, **_):
+        return [float(data.verify(c[0]["content"], a)) for c, a in zip(completions, answer)]
+
+    sampling = [0.0]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    generate = model.generate
+
+    def timed(*args, **options):
+        start = time.perf_counter()
+        out = generate(*args, **options)
+        sampling[0] += time.perf_counter() - start
+        return out
+    model.generate = timed
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": p["question"]}], "answer": p["answer"]} for p in problems])
+    args = trl.GRPOConfig(
+        place, per_device_train_batch_size=prompts * group, num_generations=group, max_completion_length=64, max_steps=warmup + steps,
+        learning_rate=1e-9, beta=0.0, temperature=1.0, top_k=0, top_p=1.0, bf16=False, use_cpu=True, gradient_checkpointing=False,
+        dataloader_num_workers=0, dataloader_pin_memory=False, save_strategy="no", logging_strategy="no", eval_strategy="no",
+        report_to=[], disable_tqdm=True)
+
+    def run():
+        sampling[0] = 0.0
+        trainer = trl.GRPOTrainer(model, reward_funcs=reward, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()])
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+        (begin, before), (end, after) = Clock.times[warmup], Clock.times[warmup + steps]
+        seconds.setdefault("TRL", []).append(((after - before) / steps, (end - begin - after + before) / steps))
+        return steps / (end - begin)
+    return run
+
+
 PARTS = {"tdrm": (part_tdrm, "training steps of tdrm_minimal.py against the published algorithm and TRL"),
-         "search": (part_search, "beam search against one call per prefix and candidate; sample() against generate")}
+         "search": (part_search, "beam search against one call per prefix and candidate; sample() against generate"),
+         "rl": (part_rl, "a step of rl_minimal.py against TRL's GRPOTrainer, sampling and update")}
 
 
 def main():
