@@ -43,6 +43,7 @@ import data
 import rl_minimal as rl
 import sft_minimal as sft
 import tdrm_minimal as tdrm
+from data import BadInput
 from plumbing import merge, peak_mib
 from sft_minimal import opt
 
@@ -66,7 +67,7 @@ class Config(rl.RLConfig):
     shuffle_process: bool = opt(False, "control: permute the process rewards within each response")
     prm_lr: float = opt(1e-3, "learning rate of the PRM (for a 7B model: 1e-6)", low=0)
     prm_grad_clip: float = opt(10.0, "largest gradient norm of the PRM; 0: no clipping", low=0)
-    critic_lr: float = opt(1e-3, "learning rate of the critic, with --estimator ppo", low=0)
+    critic_lr: float = opt(3e-4, "learning rate of the critic, with --estimator ppo", low=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -182,12 +183,14 @@ def train_implicit_prm(wrapped, prm, optimizer, rows, cfg, env, pad_id):
     """One pass of the PRM over rows with "ref_logprobs" -> its log-probs, an array per row, from the forward that was trained
     on; mean loss; gradient norm. With several batches a later one is read after the earlier ones' steps."""
     seen, total, grad_norm, size = {}, 0.0, 0.0, cfg.batch_size or len(rows)
-    for batch in (rows[i:i + size] for i in range(0, len(rows), size)):
+    for begin in range(0, len(rows), size):
+        batch = rows[begin:begin + size]
+
         def loss_fn(micro):
             b = rl.to_tensors(micro, pad_id, env.device)
             mask = b["response_mask"]
             logprobs, _ = wrapped(b["input_ids"], mask, cfg.temperature)
-            seen.update({tuple(r["input_ids"]): lp[m].cpu().numpy() for r, lp, m in zip(micro, logprobs.detach(), mask)})
+            seen.update({(begin, *r["input_ids"]): lp[m].cpu().numpy() for r, lp, m in zip(micro, logprobs.detach(), mask)})
             scores = implicit_rewards(logprobs, b["ref_logprobs"], mask, cfg.beta).sum(1)
             copies = torch.tensor([float(row["copies"]) for row in micro], device=env.device)
             return (F.binary_cross_entropy_with_logits(scores, b["outcomes"], reduction="none") * copies).sum() / len(batch)
@@ -197,7 +200,7 @@ def train_implicit_prm(wrapped, prm, optimizer, rows, cfg, env, pad_id):
         total += sft.all_sum(loss, env=env)[0] * len(batch) / len(rows)
         grad_norm = sft.optimizer_step(prm, optimizer, cfg.prm_lr, cfg.prm_grad_clip)
     seen = merge(seen, env)
-    return [seen[tuple(row["input_ids"])] for row in rows], total, grad_norm
+    return [seen[(i // size * size, *row["input_ids"])] for i, row in enumerate(rows)], total, grad_norm
 
 
 def process_rewards(rows, wrapped, prm, optimizer, ref, cfg, env, pad_id):
@@ -227,7 +230,7 @@ def process_rewards(rows, wrapped, prm, optimizer, ref, cfg, env, pad_id):
 
 def token_values(critic, rows, pad_id):
     """V(x, y_<t) of every response token: read one token earlier, before y_t is known. (n, T-1) in to_tensors' layout."""
-    b = rl.to_tensors(rows, pad_id, critic.device if hasattr(critic, "device") else next(critic.parameters()).device)
+    b = rl.to_tensors(rows, pad_id, next(critic.parameters()).device)
     logits = critic(input_ids=b["input_ids"], use_cache=False).logits[..., 0].float()  # (n, T)
     return logits[:, :-1], b
 
@@ -283,6 +286,8 @@ def main(cfg, env):
     start_time, level = time.time(), data.builtin_level(cfg.data)
     out = cfg.out or os.path.join("runs", "prime" + (level or "").removeprefix("builtin"))
     cfg = rl.check(dataclasses.replace(cfg, out=out), level, env)
+    if cfg.accuracy[0] > cfg.accuracy[1]:
+        raise BadInput(f"--accuracy {cfg.accuracy[0]} {cfg.accuracy[1]}: wanted the lower share first")
     checkpoint = sft.last_checkpoint(cfg)
     model, tokenizer, policy, ref_kl = rl.load_policy(cfg, env, checkpoint)
     problems, held_out = rl.load_problems(cfg, level, model, tokenizer, env)
@@ -319,7 +324,8 @@ def main(cfg, env):
         # 3) Process rewards, with the PRM's step; advantages over the global batch. Without a group left: no update.
         if kept:
             outcomes = torch.tensor([row["verifiable"] for row in kept])
-            process, mask = (torch.zeros_like(x) if i == 0 else x for i, x in enumerate(stack([row["old_logprobs"] for row in kept])))
+            old_logprobs, mask = stack([row["old_logprobs"] for row in kept])
+            process = torch.zeros_like(old_logprobs)  # without a PRM
             if prm:
                 process, mask, more = process_rewards(kept, wrapped_prm, prm, others["prm"][2], ref, cfg, env, pad_id)
                 metrics |= more
@@ -336,6 +342,7 @@ def main(cfg, env):
         clock.append(time.time())
 
         # 4) The policy's update.
+        shown = kept and prm and (kept[0], process[0])
         kept = [row for row in kept if row["finished"] or not cfg.mask_truncated]
         if kept:
             if ref_kl:
@@ -352,8 +359,8 @@ def main(cfg, env):
         metrics |= {"skipped": skipped, "questions": (step + 1) * sampled}
         if rl.end_of_step(cfg, env, log, step, metrics, clock, model, tokenizer, held_out, optimizer, others, stopping):
             return None
-        if cfg.show_every and (step + 1) % cfg.show_every == 0 and kept and prm:
-            show_rewards(env, tokenizer, kept[0], process[0])
+        if cfg.show_every and (step + 1) % cfg.show_every == 0 and shown:
+            show_rewards(env, tokenizer, *shown)
     log.close()
     summary = rl.finish(cfg, env, model, tokenizer, held_out, start_time, skipped, **others)
     if env.rank == 0 and prm:  # the reward model is the pair

@@ -47,6 +47,7 @@ import sft_minimal as sft
 import tdrm_minimal as tdrm
 from data import BadInput
 from plumbing import merge, peak_mib
+from scorers import load_scorer
 from sft_minimal import opt
 
 
@@ -97,9 +98,9 @@ def group_advantages(rewards, group_size, estimator="grpo"):
     grpo (R - mean) / std, 0 where a group has no spread; dr_grpo (arXiv 2503.20783) R - mean; rloo R - mean of the
     others; reinforce R. ValueError where rewards do not make whole groups, or a group of one is its own baseline.
     """
-    if len(rewards) % group_size or (group_size == 1 and estimator != "reinforce"):
-        raise ValueError(f"{len(rewards)} rewards in groups of {group_size}: {estimator} wants whole groups, of 2 or more")
-    groups = rewards.reshape(-1, group_size).float()
+    if rewards.numel() % group_size or (group_size == 1 and estimator != "reinforce"):
+        raise ValueError(f"{rewards.numel()} rewards in groups of {group_size}: {estimator} wants whole groups, of 2 or more")
+    groups = rewards.reshape(-1, group_size).double()  # in single precision, equal rewards would get a spread by rounding
     centred = groups - groups.mean(1, keepdim=True)
     if estimator == "grpo":
         centred = centred / (groups.std(1, keepdim=True) + 1e-6)
@@ -107,7 +108,7 @@ def group_advantages(rewards, group_size, estimator="grpo"):
         centred = centred * group_size / (group_size - 1)
     elif estimator == "reinforce":
         centred = groups
-    return centred.reshape(-1)
+    return centred.reshape(rewards.shape).float()
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, count=None):
@@ -120,7 +121,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, count=No
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0).exp()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - below, 1 + above) * advantages)
-    return -(surrogate * mask).sum() / (mask.sum().clamp(min=1) if count is None else count)
+    return -torch.where(mask.bool(), surrogate * mask, 0.0).sum() / (mask.sum().clamp(min=1) if count is None else count)
 
 
 def kl_divergence(logprobs, other_logprobs):
@@ -172,9 +173,12 @@ def encode_for(tokenizer, rows):
 
 
 def distinct(rows):
-    """Equal responses to a question go through a model once: -> the different rows, each with its number as "copies"."""
-    copies = Counter(tuple(row["input_ids"]) for row in rows)
-    return [row | {"copies": copies[ids]} for ids, row in {tuple(row["input_ids"]): row for row in rows}.items()]
+    """Rows with the same tokens and the same targets go through a model once -> the different ones, each with its number
+    as "copies". (A question may come twice in a step; then equal responses stand in two groups, with two advantages.)"""
+    what = lambda row: (tuple(row["input_ids"]), row.get("correct"),  # noqa: E731
+                        *(row[name].tobytes() for name in ("advantages", "returns") if name in row))
+    copies = Counter(map(what, rows))
+    return [row | {"copies": copies[key]} for key, row in {what(row): row for row in rows}.items()]
 
 
 def for_each(rows, different, results):
@@ -240,7 +244,7 @@ def update_policy(policy, model, optimizer, rows, lr, cfg, env, pad_id):
         batch = rows[begin:begin + size]
         tokens = sum(len(row["old_logprobs"]) for row in batch)  # of the global batch
         count = len(batch) * cfg.max_new_tokens if cfg.estimator == "dr_grpo" else tokens
-        batch = distinct(batch)  # and their advantages are equal
+        batch = distinct(batch)
         mine = sft.local_rows(batch, env) or [batch[0] | {"copies": 0}]  # without a row: the others would wait for it
         sums, largest = torch.zeros(3), [0.0]
 
@@ -264,7 +268,7 @@ def update_policy(policy, model, optimizer, rows, lr, cfg, env, pad_id):
         totals += [*sft.all_sum(*sums.tolist(), env=env), tokens]
         if epoch == begin == 0:  # the policy is still the one that sampled
             deviation = max(merge({env.rank: max(largest)}, env).values())
-    clipped, kl, entropy, tokens = totals
+    clipped, kl, entropy, tokens = totals.tolist()
     return {"grad_norm": norms[-1], "skipped": sum(not math.isfinite(norm) for norm in norms), "entropy": entropy / tokens,
             "clip_fraction": clipped / tokens, "approx_kl": kl / tokens, "max_ratio_deviation": deviation}
 
@@ -301,7 +305,12 @@ def main(cfg, env):
         prm_name = cfg.prm or tdrm.builtin_reward_model(level or "builtin", env)
         prm_tokenizer = data.load_tokenizer(prm_name)
         from_run = checkpoint and os.path.join(checkpoint, "prm")
-        prm = tdrm.load_reward_model(from_run if from_run and cfg.prm_lr else prm_name, sft.torch_dtype(cfg, env), new_head=False)
+        try:
+            prm = load_scorer(from_run if from_run and cfg.prm_lr else prm_name, sft.torch_dtype(cfg, env), tdrm.load_reward_model)
+        except BadInput as error:
+            raise BadInput(str(error).replace("--model", "--prm", 1)) from None
+        if cfg.prm_lr and prm.reduce != "last":
+            raise BadInput(f"--prm_lr: {prm_name} is no model of step values; wanted: a TDRM or another token classifier")
         prm.to(env.device).eval()
         if cfg.prm_lr:
             prm, wrapped_prm = sft.prepare(prm, cfg, env)
@@ -348,7 +357,8 @@ def main(cfg, env):
         if kept:
             metrics |= update_policy(policy, model, optimizer, kept, rise(cfg, step), cfg, env, pad_id)
         if cfg.prm_lr:
-            train_reward_model(wrapped_prm, prm, others["prm"][2], examples, prm_tokenizer.pad_token_id, cfg, env)
+            norm = train_reward_model(wrapped_prm, prm, others["prm"][2], examples, prm_tokenizer.pad_token_id, cfg, env)
+            metrics["skipped"] = metrics.get("skipped", 0) + (not math.isfinite(norm))
             after = value_rollouts(prm, examples, prm_tokenizer.pad_token_id, env)
             metrics["prm_auroc_after"] = tdrm.auroc([v[t] for v, t in zip(after, before_answer)], verifiable)
         clock.append(time.time())

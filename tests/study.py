@@ -129,8 +129,8 @@ def search_tables(results):
 # --------------------------------------------------------------------------------------------------
 # Reinforcement learning.
 
-LIMITS = ["--data", "builtin-hard", "--problems", "500", "--prompts_per_step", "16", "--steps", "100", "--eval_every", "20",
-          "--eval_problems", "300", "--show_every", "0", "--save_every", "0"]
+LIMITS = ["--data", "builtin-hard", "--problems", "500", "--prompts_per_step", "16", "--steps", "60", "--eval_every", "15",
+          "--max_new_tokens", "100", "--eval_problems", "300", "--show_every", "0", "--save_every", "0"]
 SMALL = ["--data", "builtin-hard", "--problems", "40", "--prompts_per_step", "2", "--group_size", "4", "--steps", "2", "--eval_every", "0",
          "--eval_problems", "8", "--show_every", "0", "--save_every", "0"]
 
@@ -226,15 +226,15 @@ def curve_table(results, baseline):
 
 def rl_tables(results):
     yield "rl", curve_table(results, "rule-only")
-    yield "rl-auroc", table(["rewards", *[f"steps {i}-{i + 9}" for i in range(1, 100, 30)], "truncated at the end"], [
-        [name, *[cell([run[i] for run in r["prm_auroc"]]) for i in range(0, len(r["prm_auroc"][0]), 3)],
+    yield "rl-auroc", table(["rewards", *[f"steps {i}-{i + 9}" for i in range(1, 60, 20)], "truncated at the end"], [
+        [name, *[cell([run[i] for run in r["prm_auroc"]]) for i in range(0, len(r["prm_auroc"][0]), 2)],
          cell([run[-1] for run in r["truncated"]])] for name, r in results.items() if "prm_auroc" in r])
 
 
 def prime_tables(results):
     yield "prime", curve_table(results, "outcomes only")
-    yield "prime-pairs", table(["PRM", *[f"steps {i}-{i + 9}" for i in range(1, 100, 30)]], [
-        [name, *[cell([run[i] for run in results[name]["pair_accuracy"]]) for i in range(0, len(results[name]["pair_accuracy"][0]), 3)]]
+    yield "prime-pairs", table(["PRM", *[f"steps {i}-{i + 9}" for i in range(1, 60, 20)]], [
+        [name, *[cell([run[i] for run in results[name]["pair_accuracy"]]) for i in range(0, len(results[name]["pair_accuracy"][0]), 2)]]
         for name in ("PRIME", "double forward", "offline PRM", "offline-trained PRM, online", "policy reference")
         if "pair_accuracy" in results[name]])
 
