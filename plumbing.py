@@ -69,7 +69,11 @@ def launch(main, Config):
         cfg = parse(Config)
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts: go on, do not begin again
             cfg = dataclasses.replace(cfg, resume=True)
-        main(cfg, setup())
+        if getattr(cfg, "estimate", False):  # no processes, no weights
+            import estimate
+            estimate.from_options(os.path.basename(sys.argv[0]), cfg)
+        else:
+            main(cfg, setup())
     except (BadInput, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
@@ -180,7 +184,8 @@ def last_checkpoint(cfg):
     except ValueError as error:
         raise BadInput(f"--resume: {config_file} is damaged: {error}") from None
     # Options without effect on the result.
-    free = {"resume", "out", "save_every", "micro_batch_size", "grad_checkpoint", "compile", "rows_at_once", "show", "plot"}
+    free = {"resume", "out", "save_every", "micro_batch_size", "grad_checkpoint", "compile", "rows_at_once", "show", "plot",
+            "estimate", "world", "card_gib", "show_every"}
     for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
         if name not in free and before.get(name, value) != value:
             raise BadInput(f"--resume: {cfg.out} was started with --{name} {before[name]}, not {value}")

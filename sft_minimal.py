@@ -65,6 +65,9 @@ class TrainConfig:
     save_every: int = opt(200, "steps between checkpoints; 0: none before the end", low=0)
     eval_every: int = opt(200, "steps between evaluations; 0: only at the end", low=0)
     resume: bool = opt(False, "continue from the last checkpoint in --out; start from scratch if there is none")
+    estimate: bool = opt(False, "only say how much memory this run would take, from the model's config")
+    world: int = opt(0, "--estimate: for so many processes; 0: as many as torchrun starts", low=0)
+    card_gib: float = opt(80.0, "--estimate: memory of a card in GiB", low=0.1)
 
 
 @dataclass(frozen=True)

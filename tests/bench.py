@@ -446,8 +446,108 @@ def trl_grpo(trl, place, folder, tokenizer, problems, prompts, group, steps, sec
     return run
 
 
+# ----------------------------------------------------------------------------------------------------
+# gpu
+
+def part_gpu(args):
+    """TDRM and RL steps of a random 7B shape: tokens a second, FLOPs against the peak, memory against the estimate."""
+    import estimate
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    env, dtype, tokenizer = sft.Env(device=device), torch.bfloat16 if cuda else torch.float32, data.builtin_tokenizer()
+    card = torch.cuda.get_device_properties(0).total_memory if cuda else 4 * 2**30
+    shape = estimate.load_config("Qwen2.5-Math-7B")
+    if args.quick or not cuda:
+        shape = transformers.Qwen2Config(vocab_size=2048, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+                                         num_key_value_heads=2, tie_word_embeddings=False)
+    rows, steps, length, new = (8, 16, 1024, 256) if cuda and not args.quick else (4, 2, 64, 16)
+    shape.eos_token_id, shape.pad_token_id, shape.bos_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id, None
+    n = 8192 if cuda else 256
+    a = torch.randn(n, n, device=device, dtype=dtype)
+
+    def timed(function):
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        function()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+    peak = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(10))
+    print(f"gpu: {torch.cuda.get_device_name() if cuda else 'no GPU, a small shape on the CPU'}; matrix products reach {peak / 1e12:.3g} TFLOP/s")
+
+    def fitting(kind, cfg, others=lambda config: ()):
+        """The shape with as many layers as the card takes, all of them where it can."""
+        for layers in range(shape.num_hidden_layers, 0, -1):
+            config = transformers.AutoConfig.for_model(**{**shape.to_dict(), "num_hidden_layers": layers, "layer_types": None, "num_labels": 1})
+            config.classifier_dropout = 0.0
+            bytes_ = estimate.memory(config, kind, cfg, 1, dtype, others(config))["total"]
+            if bytes_ < 0.94 * card:
+                return config, bytes_
+        raise SystemExit(f"gpu: not even one layer of this shape fits {card / 2**30:.0f} GiB")
+
+    def report(name, config, seconds, tokens, flops, estimated):
+        used = f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if cuda else "peak not measured here"
+        print(f"  {name}, {config.num_hidden_layers} of {shape.num_hidden_layers} layers: {tokens / seconds:.4g} tokens a second, "
+              f"{flops / seconds / peak:.0%} of peak; {used}, estimated {estimated / 2**30:.1f} GiB")
+
+    cfg = tdrm.Config(batch_size=rows, micro_batch_size=max(1, rows // 4), max_length=length, grad_checkpoint=True)
+    config, estimated = fitting("tdrm", cfg)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForTokenClassification.from_config(config, dtype=dtype)
+    model, wrapped = sft.prepare(model, cfg, env)
+    optimizer, ends = sft.make_optimizer(model, cfg, env), list(range(length // steps - 1, length, length // steps))
+    examples = [{"input_ids": torch.randint(5, shape.vocab_size, (length,)).tolist(), "prompt_length": 1, "step_ends": ends,
+                 "labels": [1.0] * len(ends), "correct": True} for _ in range(rows)]
+
+    def loss_fn(micro):
+        batch = {k: v.to(device) for k, v in data.collate(micro, 0).items()}
+        logits = tdrm.step_values(wrapped, batch["input_ids"], None, batch["step_ends"])
+        targets, weights = tdrm.targets_and_weights(cfg, logits, batch, labelled=True)
+        return (F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * weights).sum() / (rows * len(ends))
+
+    def step():
+        sft.accumulate_gradients(wrapped, examples, cfg.micro_batch_size, loss_fn, env)
+        sft.optimizer_step(model, optimizer, 1e-6, 1.0)
+    step()
+    seconds = median(timed(step) for _ in range(args.repeats))
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    report("a TDRM step", config, seconds, rows * length, rows * length * (6 * weights + 6 * config.num_hidden_layers * config.hidden_size * length), estimated)
+    del model, wrapped, optimizer
+
+    group = 8
+    cfg = rl.Config(prompts_per_step=max(1, rows // 4), group_size=group, batch_size=max(1, rows // 4) * group, micro_batch_size=2, max_new_tokens=new,
+                    max_length=64 + new, eval_problems=1, grad_checkpoint=True, alpha=1.0)
+    config, estimated = fitting("rl", cfg)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model, policy = sft.prepare(model, cfg, env, sft.Policy)
+    optimizer, problems, phases, counted = sft.make_optimizer(model, cfg, env), data.make_problems(cfg.prompts_per_step), [], []
+
+    def rl_step():
+        start = time.perf_counter()
+        rows = rl.rollout(model, tokenizer, problems, range(len(problems)), cfg, env)
+        model.train()
+        middle = time.perf_counter()
+        for i, row in enumerate(rows):
+            row["advantages"] = np.full(len(row["old_logprobs"]), 1.0 - 2 * (i % 2), dtype=np.float32)
+        metrics = rl.update_policy(policy, model, optimizer, rows, 1e-6, cfg, env, 0)
+        phases.append((middle - start, time.perf_counter() - middle))
+        counted.append((sum(len(row["old_logprobs"]) for row in rows), sum(len(row["input_ids"]) for row in rows), metrics["max_ratio_deviation"]))
+    rl_step()
+    seconds = median(timed(rl_step) for _ in range(args.repeats))
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    new_tokens, tokens, deviation = np.mean(counted, axis=0)
+    report("an RL step", config, seconds, tokens, 2 * weights * new_tokens + 6 * weights * tokens, estimated)
+    print(f"    sampling {np.median(phases, axis=0)[0]:.3g} s, update {np.median(phases, axis=0)[1]:.3g} s; largest |ratio - 1| {deviation:.2g}")
+
+
 PARTS = {"tdrm": (part_tdrm, "training steps of tdrm_minimal.py against the published algorithm and TRL"),
          "search": (part_search, "beam search against one call per prefix and candidate; sample() against generate"),
+         "gpu": (part_gpu, "TDRM and RL steps of a 7B shape on one GPU (without one: a small shape on the CPU)"),
          "rl": (part_rl, "a step of rl_minimal.py against TRL's GRPOTrainer, sampling and update")}
 
 

@@ -8,7 +8,7 @@
 
 Every run is a run of the project's own scripts with its own --seed, kept in runs/study and not repeated while its
 summary.json is there: a stopped study goes on where it was. All figures go to results.json, and from there into the
-README, between <!-- study:NAME --> and <!-- end -->. Cells are mean ± half a 95% interval (Student's t) over the seeds.
+README, between <!-- study:NAME --> and <!-- end -->, and into figures/. Cells are mean ± half a 95% interval (Student's t) over the seeds.
 `--quick` runs everything small, in runs/quick, and changes neither file.
 """
 import argparse
@@ -241,6 +241,64 @@ def prime_tables(results):
 
 # --------------------------------------------------------------------------------------------------
 
+# --------------------------------------------------------------------------------------------------
+# Figures: small SVG files that follow the reader's light or dark page.
+
+COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c755f", "#76b7b2")
+
+
+def lines(path, title, series, x_label, y_label, log_x=False):
+    """{name: [(x, mean, half an interval)]} as lines with bands, y from 0 to 1."""
+    W, H, left, top, right, bottom = 640, 320, 48, 30, 190, 40
+    xs = sorted({x for points in series.values() for x, _, _ in points})
+    at = (lambda x: math.log2(x)) if log_x else float
+    low, high = at(xs[0]), at(xs[-1])
+    X = lambda x: round(left + (at(x) - low) / (high - low or 1) * (W - left - right), 1)  # noqa: E731
+    Y = lambda y: round(H - bottom - min(1, max(0, y)) * (H - top - bottom), 1)  # noqa: E731
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {W} {H}" font-family="sans-serif" font-size="11">',
+           "<style>text{fill:#333}.g{stroke:#8884}@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>",
+           f'<text x="{left}" y="16" font-size="13">{title}</text>']
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        out.append(f'<line class="g" x1="{left}" x2="{W - right}" y1="{Y(tick)}" y2="{Y(tick)}"/>'
+                   f'<text x="{left - 6}" y="{Y(tick) + 4}" text-anchor="end">{tick:g}</text>')
+    for x in xs if len(xs) < 9 else xs[::len(xs) // 6]:
+        out.append(f'<text x="{X(x)}" y="{H - bottom + 16}" text-anchor="middle">{x:g}</text>')
+    out.append(f'<text x="{(left + W - right) / 2}" y="{H - 6}" text-anchor="middle">{x_label}</text>'
+               f'<text x="12" y="{H / 2}" transform="rotate(-90 12 {H / 2})" text-anchor="middle">{y_label}</text>')
+    ends = sorted((-points[-1][1], name) for name, points in series.items())
+    for i, (_, name) in enumerate(ends):
+        points, colour = series[name], COLOURS[list(series).index(name) % len(COLOURS)]
+        band = [f"{X(x)},{Y(m + h)}" for x, m, h in points] + [f"{X(x)},{Y(m - h)}" for x, m, h in reversed(points)]
+        line = " ".join(f"{X(x)},{Y(m)}" for x, m, _ in points)
+        y = top + 14 + 18 * i
+        out.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.15"/>'
+                   f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+                   f'<rect x="{W - right + 10}" y="{y - 8}" width="10" height="10" fill="{colour}"/>'
+                   f'<text x="{W - right + 25}" y="{y + 1}">{name}</text>')
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as f:
+        f.write("\n".join(out + ["</svg>"]) + "\n")
+
+
+def figures(results):
+    """All figures that the results allow, to figures/."""
+    place = os.path.join(ROOT, "figures")
+    if "search" in results:
+        lines(place + "/greedy-search.svg", "Greedy search: accuracy by branching (95% intervals)",
+              {m: [(b, *spread(results["search"][f"greedy search {b}, {m} @ 1"])) for b in (2, 4, 8, 16)] for m in METHODS},
+              "next steps sampled from each prefix", "accuracy", log_x=True)
+        lines(place + "/best-of-n.svg", "Best-of-n: accuracy by samples (95% intervals)",
+              {m: [(n, *spread(results["search"][f"best-of-n, {m} @ {n}"])) for n in (2, 4, 8, 16, 32, 64)] for m in METHODS},
+              "samples", "accuracy", log_x=True)
+    for part, names in (("rl", list(RL)), ("prime", ["outcomes only", "PRIME", "offline PRM", "control: shuffled over tokens",
+                                                     "control: process weight 0"])):
+        if part in results:
+            curve = {name: results[part][name]["curve"] for name in names}
+            lines(f"{place}/{part}.svg", "Held-out pass@1, hard level (95% intervals)",
+                  {name: [(points[0][0], *spread([p[1] for p in points])) for points in zip(*runs)] for name, runs in curve.items()},
+                  "questions seen", "pass@1")
+
+
 PARTS = {"tdrm": (tdrm, tdrm_tables), "search": (search, search_tables), "rl": (rl, rl_tables), "prime": (prime, prime_tables)}
 
 
@@ -281,6 +339,7 @@ def main():
                 os.replace(path + ".tmp", path)
     if not args.quick:
         write_readme(results)
+        figures(results)
 
 
 if __name__ == "__main__":
