@@ -6,8 +6,7 @@ P parameters on N processes; a weight takes e bytes, 2 in bf16 and 4 in fp32. Fo
     masters and moments      12 P/N   bf16: an fp32 copy and AdamW's moments; fp32: 8 P/N. Shared out as whole tensors
     gradients                 e P     of each trained model. With N > 1 they are DDP's buckets and stay between steps
   and, one after the other, so that only the largest counts:
-    training                          one micro-batch's activations. With N > 1 and several micro-batches also
-                              e P     gradients summed outside DDP's buckets: it fills those at the last one
+    training                          one micro-batch's activations
     optimizer step            4 P/N   bf16: the gradients in fp32; fp32: none
     sampling                          keys and values of all rows, and `pick`'s arrays of rows x vocabulary
     scoring                           a forward of the rows that are valued at once
@@ -49,7 +48,6 @@ from plumbing import opt
 
 GIB, RESERVE = 2**30, 0.06
 PROMPT = 512  # tokens of a question, where responses are sampled
-IN_BUCKETS = False  # True once zero_grad leaves gradients in DDP's buckets; as it is, they begin each step outside
 KINDS = ("sft", "tdrm", "rl", "prime", "qrm")  # of scripts: sft_minimal.py, ...
 PHASES = ("training", "optimizer step", "sampling", "scoring")
 FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
@@ -182,7 +180,7 @@ def memory(config, kind, cfg, world, dtype, others=()):
     phases = {"training": 0, "optimizer step": 0}
     for (c, h), share, grads in zip(trained, shares, gradients):
         begin, end = activations(c, h, pair * micro * length, e, cfg.grad_checkpoint)
-        before = grads * (several and not (ddp and IN_BUCKETS))
+        before = grads * (several and not ddp)
         after = before or (0 if ddp else grads - e * c.hidden_size * c.vocab_size)  # the embeddings' is in `end`
         phases["training"] = max(phases["training"], before + begin, after + end)
         phases["optimizer step"] = max(phases["optimizer step"], grads * (not ddp) + 4 * share * (e == 2))
@@ -198,7 +196,7 @@ def memory(config, kind, cfg, world, dtype, others=()):
             samples * config.vocab_size * (12 + e), forward_bytes(config, prompts * prompt, e))
     valued = [c for c, h, _ in models if h == "value"] if kind != "qrm" else []
     if valued:
-        phases["scoring"] = max(forward_bytes(c, 64 * length, e) for c in valued)  # score_rows: 64 rows at once
+        phases["scoring"] = max(forward_bytes(c, min(64 * length, 2**16), e) for c in valued)  # as tdrm.score_rows does
     return resident | phases | {"total": total(resident | phases)}
 
 
@@ -264,7 +262,7 @@ def advice(parts, cfg, world, rows, largest, options, card):
     if "sampling" in too_much:
         yield "sampling: smaller --rows_at_once (the same result) or --max_new_tokens"
     if "scoring" in too_much:
-        yield "scoring: shorter --max_length (it takes 64 rows at once)"
+        yield "scoring: shorter --max_length"
     small = dataclasses.replace(cfg, micro_batch_size=1, grad_checkpoint=True)
     worlds = [n for n in (world * 2**i for i in range(1, 8)) if n <= (cfg.batch_size or n)]
     enough = next((n for n in worlds if options(cfg=small, world=n)), None)

@@ -26,7 +26,8 @@ Left out: the dedicated EurusPRM's training recipe (start from any folder with -
     python prime_minimal.py --process_weight 0                           # outcomes only at equal compute
     python search_minimal.py --prm runs/prime/prm                        # the implicit PRM as a reward model
     torchrun --nproc_per_node=8 prime_minimal.py --model PRIME-RL/Eurus-2-7B-SFT --data math.jsonl --lr 5e-7 --prm_lr 1e-6 \\
-        --prompts_per_step 256 --group_size 4 --batch_size 256 --max_new_tokens 3072 --micro_batch_size 2 --grad_checkpoint
+        --prompts_per_step 256 --group_size 4 --batch_size 256 --max_length 4096 --max_new_tokens 3072 \\
+        --micro_batch_size 2 --grad_checkpoint
 
 Files in --out: as in rl_minimal.py; prm/ is the implicit PRM, a causal LM with its reference in prm/reference.
 """

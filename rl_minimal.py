@@ -25,7 +25,8 @@ Left out: asynchronous sampling (a vLLM beside the trainer), entropy bonus, part
     python rl_minimal.py --alpha 1                               # rule-only
     python rl_minimal.py --prm_lr 1e-3 --data builtin-hard --steps 200
     torchrun --nproc_per_node=8 rl_minimal.py --model Qwen/Qwen2.5-Math-7B --prm PRM --data math_level3.jsonl --alpha 0.8 \\
-        --prompts_per_step 128 --group_size 7 --lr 1e-6 --max_new_tokens 2048 --micro_batch_size 2 --grad_checkpoint
+        --prompts_per_step 128 --group_size 7 --lr 1e-6 --max_new_tokens 2048 --max_length 2560 \\
+        --micro_batch_size 2 --grad_checkpoint
 
 Files in --out: as in sft_minimal.py; rows of metrics.jsonl also hold clock times (seconds_*). prm/ with --prm_lr.
 """

@@ -32,6 +32,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint as recompute
@@ -152,7 +153,7 @@ def optimizer_step(model, optimizer, lr, grad_clip):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    model.zero_grad()
+    model.zero_grad(set_to_none=not dist.is_initialized())  # in DDP they live in its buckets
     return grad_norm
 
 
@@ -230,8 +231,17 @@ def prepare(model, cfg, env, view=None):
     module = view(model) if view else model
     if env.world == 1:
         return model, module
-    return model, DDP(module, device_ids=[env.device] if env.device.type == "cuda" else None,
-                      gradient_as_bucket_view=True, forward_sync_buffers=False)
+    wrapped = DDP(module, device_ids=[env.device] if env.device.type == "cuda" else None, gradient_as_bucket_view=True,
+                  forward_sync_buffers=False)
+    # A backward pass of nothing puts the gradients into DDP's buckets, where zero_grad leaves them. Else those of several
+    # micro-batches would be summed outside first: as many bytes again as the weights. (After the first, DDP rearranges
+    # its buckets; so it takes two.)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=env.device)
+    for keep in (False, True):
+        output = wrapped(ids, ids[:, 1:] == 0)[0] if view else wrapped(input_ids=ids, use_cache=False).logits
+        (output.sum() * 0).backward()
+        model.zero_grad(set_to_none=not keep)
+    return model, wrapped
 
 
 def new_policy(tokenizer, seed):

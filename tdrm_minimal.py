@@ -181,10 +181,11 @@ def rewards_and_gamma(cfg, batch, labelled):
 def score_rows(model, examples, pad_id, env, rows_at_once=64):
     """Step values of encoded trajectories: a list of S probabilities each. Split over the processes, known to all."""
     model.eval()
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))[env.rank::env.world]
-    values = {}
-    for start in range(0, len(order), rows_at_once):
-        rows = order[start:start + rows_at_once]
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))[env.rank::env.world]
+    values, rows = {}, []
+    while order := order[len(rows):]:
+        size = min(rows_at_once, max(1, 2**16 // len(examples[order[0]]["input_ids"])))  # 65,536 tokens at most
+        rows = order[:size]
         batch = data.collate([examples[i] for i in rows], pad_id)
         ids, ends = batch["input_ids"].to(env.device), batch["step_ends"].to(env.device)
         if hasattr(model, "reduce"):  # another kind of reward model, or one to be read in another way (scorers.py)
