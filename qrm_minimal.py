@@ -8,7 +8,8 @@ labels, no reference model, no language-model head. z_t is the number at respons
 
 Preference as a Bradley-Terry model of the MEAN reward, with a maximum-entropy policy exp(z) / sum exp(z) behind it, gives
 beta z_t = Q(s_t, y_t) + c(s_t); what depends on the pair alone is put into one constant, the margin. Only differences of z
-are learned: its level is arbitrary. The loss presses on until s(y_w) - s(y_l) > margin / beta, so the scale of z grows.
+are learned: its level is arbitrary. The loss presses on until s(y_w) - s(y_l) > margin / beta, so the scale of z grows; the
+paper's beta 0.2 asks for a gap of 10, too far for a small new head in a minute: the default is 2.
     --method orm      s(y) = z of the last token, beta 1, margin 0: an outcome reward model
     --method dpo_rm   z_t = beta (log pi - log pi_ref)(y_t), s(y) = sum_t z_t, margin 0: DPO's policy as a reward model. The
                       log-prob of token t is read at position t - 1 (the released code reads it one token too late)
@@ -58,13 +59,14 @@ from plumbing import merge
 from sft_minimal import opt
 
 REDUCTIONS = {"qrm": "mean", "orm": "last", "dpo_rm": "sum"}  # of token scores to a response's
+BETAS = {"qrm": 2.0, "orm": 1.0, "dpo_rm": 0.1}
 KINDS = {"qrm": "qrm", "orm": "orm", "dpo_rm": "implicit"}  # what reward.json calls them
 
 
 @dataclass(frozen=True)
 class Config(rl.RLConfig):
     method: str = opt("qrm", "of the reward model", choices=tuple(REDUCTIONS))
-    beta: float = opt(0.0, "scale in the loss; 0: the paper's, 0.2 for qrm, 0.1 for dpo_rm (orm has none)", low=0)
+    beta: float = opt(0.0, "scale in the loss; 0: 2 for qrm (the paper: 0.2), 0.1 for dpo_rm; orm has none", low=0)
     margin: float = opt(2.0, "what beta times the gap should exceed (qrm)")
     data: tuple = opt(("builtin",), "builtin, builtin-hard, or files of pairs or problems (with --rl: of problems)")
     pairs_from: tuple = opt((), "trajectory files with outcomes to make pairs from; empty: sample where --data has no pairs")
@@ -78,7 +80,7 @@ class Config(rl.RLConfig):
     gamma: float = opt(0.9, "with --rl ppo, orm and dpo_rm: discount", low=0, high=1)
     lam: float = opt(0.8, "with --rl ppo, orm and dpo_rm: lambda of the advantage estimation", low=0, high=1)
     critic_lr: float = opt(1e-3, "with --rl ppo: learning rate of the critic", low=0)
-    problems: int = opt(0, "training questions; 0: all of the files', 2000 of the built-in task", low=0)
+    problems: int = opt(0, "training questions; 0: all of the files', of the built-in task 12000 (with --rl 2000)", low=0)
     steps: int = opt(0, "optimizer steps; 0: one pass over the pairs (with --rl: 200 rounds)", low=0)
     batch_size: int = opt(0, "pairs in a global batch; 0: 64 (with --rl: responses; 0: all of a step's)", low=0)
     lr: float = opt(0.0, "learning rate; 0: 2e-3, with --rl 3e-4 (for an 8B model: 1e-5, 1e-6)", low=0)
@@ -200,10 +202,11 @@ def load_reward(folder, cfg, env):
         method = {kind: method for method, kind in KINDS.items()}[about.get("kind", "orm")]
         beta = float(about["beta"]) if method == "dpo_rm" else 1.0
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise BadInput(f"--rm: {path} is damaged; wanted {{\"kind\": \"qrm\", \"orm\" or \"implicit\" (with \"beta\")}}") from None
+        raise BadInput(f"--rm: {path} is damaged; wanted 'kind': qrm, orm, or implicit with 'beta'") from None
     try:
         if method == "dpo_rm":
-            reward = TokenReward(load_reference(folder, cfg, env), method, beta, load_reference(os.path.join(folder, "reference"), cfg, env))
+            models = [load_reference(name, cfg, env) for name in (folder, os.path.join(folder, "reference"))]
+            reward = TokenReward(models[0], method, beta, models[1])
         else:
             reward = TokenReward(tdrm.load_reward_model(folder, sft.torch_dtype(cfg, env), new_head=False), method)
     except BadInput as error:
@@ -263,15 +266,16 @@ def encode_pairs(pairs, tokenizer, max_length):
         ("input_ids", "prompt_length", "step_ends"), data.encode_trajectory(tokenizer, prompt, steps, eos=True)))
     kept, longest = [], 0
     for pair in pairs:
-        chosen, rejected = (pair | encode(pair["prompt"], pair[side]) | {"completions": pair[side]} for side in ("chosen", "rejected"))
+        chosen, rejected = ({"prompt": pair["prompt"], "completions": steps} | encode(pair["prompt"], steps)
+                            for steps in (pair["chosen"], pair["rejected"]))
         length = max(len(chosen["input_ids"]), len(rejected["input_ids"]))
         longest = max(longest, length)
         if length <= max_length and chosen["input_ids"] != rejected["input_ids"]:
             both = chosen["input_ids"] + rejected["input_ids"]  # what a pair costs, for the order
             kept.append({"prompt": pair["prompt"], "chosen": chosen, "rejected": rejected, "input_ids": both})
     if not kept:
-        raise BadInput(f"--max_length {max_length}: none of the {len(pairs)} pairs fits (the longest response and its prompt have "
-                       f"{longest} tokens) and differs")
+        raise BadInput(f"--max_length {max_length}: none of the {len(pairs)} pairs fits (the longest: {longest} tokens) "
+                       "and is of two different responses")
     return kept, len(pairs) - len(kept)
 
 
@@ -281,10 +285,10 @@ def load_data(cfg, level, tokenizer, env):
     if level:
         trajectories = data.make_trajectories(data.make_problems(cfg.eval_problems, "test", 0, level), 2, seed=1, level=level)
     if level and not cfg.pairs_from:
-        pairs = sample_pairs(data.make_problems(cfg.problems or 2000, "train", cfg.seed, level), 0, cfg, env, tokenizer)
+        pairs = sample_pairs(data.make_problems(cfg.problems or 12_000, "train", cfg.seed, level), 0, cfg, env, tokenizer)
         held_out = sample_pairs(data.make_problems(cfg.eval_problems, "test", 0, level), 10**6, cfg, env, tokenizer)
         if not pairs or not held_out:
-            raise BadInput(f"--problems {cfg.problems or 2000} --eval_problems {cfg.eval_problems}: the policy got none of the "
+            raise BadInput(f"--problems {cfg.problems or 12_000} --eval_problems {cfg.eval_problems}: the policy got none of the "
                            "questions both right and wrong; no pairs")
     else:
         pairs, _ = read_files([*(() if level else cfg.data), *cfg.pairs_from], cfg, env, tokenizer)
@@ -319,15 +323,15 @@ def main(cfg, env):
         raise BadInput("--rm: a reward model to use, which only --rl does; to start from another model: --model")
     start_time, out = time.time(), cfg.out or os.path.join("runs", cfg.method + (level or "").removeprefix("builtin"))
     cfg = dataclasses.replace(cfg, out=out, model=cfg.model or sft.builtin_policy(level, env), batch_size=cfg.batch_size or 64,
-                              lr=cfg.lr or 2e-3, beta=cfg.beta or {"qrm": 0.2, "orm": 1.0, "dpo_rm": 0.1}[cfg.method])
+                              lr=cfg.lr or 2e-3, beta=cfg.beta or BETAS[cfg.method])
     checkpoint = sft.last_checkpoint(cfg)
     tokenizer = data.load_tokenizer(checkpoint or cfg.model)
     pad_id, reduce = tokenizer.pad_token_id, REDUCTIONS[cfg.method]
     scale, margin = (cfg.beta, cfg.margin) if cfg.method == "qrm" else (1.0, 0.0)  # of dpo_rm, beta is in the scores
     pairs, held_out, trajectories, dropped = load_data(cfg, level, tokenizer, env)
     steps = cfg.steps or max(1, len(pairs) // cfg.batch_size)
-    env.print(f"{cfg.method}: {len(pairs)} pairs, {len(held_out)} held out ({dropped} too long or of equal responses), {steps} steps "
-              f"of {cfg.batch_size}, {env.world} processes on {env.device.type}")
+    env.print(f"{cfg.method}: {len(pairs)} pairs, {len(held_out)} held out ({dropped} too long or of equal responses), "
+              f"{steps} steps of {cfg.batch_size}, {env.world} processes on {env.device.type}")
     if cfg.method == "dpo_rm":
         model, reference = rl.load_causal_lm(checkpoint or cfg.model, cfg, env), load_reference(cfg.model, cfg, env)
     else:
@@ -395,7 +399,8 @@ def main(cfg, env):
 
 
 MEASURES = {"pair_accuracy": "share of pairs whose right response scores higher", "gap": "mean gap between right and wrong",
-            "localisation_steps": "AUROC of the first wrong step, by the fall", "localisation_tokens": "AUROC of the first wrong token, by the fall"}
+            "localisation_steps": "AUROC of the first wrong step, by the fall",
+            "localisation_tokens": "AUROC of the first wrong token, by the fall"}
 
 
 def evaluate(reward, pairs, trajectories, level, cfg, env, pad_id):
@@ -454,7 +459,8 @@ def train_policy(cfg, env):
     problems, held_out = rl.load_problems(cfg, level, model, tokenizer, env)
     optimizer, pad_id, others, critic = sft.make_optimizer(model, cfg, env), tokenizer.pad_token_id, {}, None
     if cfg.rl == "ppo":
-        critic = tdrm.load_reward_model(checkpoint and os.path.join(checkpoint, "critic") or cfg.model, sft.torch_dtype(cfg, env), cfg.seed)
+        name = checkpoint and os.path.join(checkpoint, "critic") or cfg.model
+        critic = tdrm.load_reward_model(name, sft.torch_dtype(cfg, env), cfg.seed)
         critic, wrapped_critic = sft.prepare(critic, cfg, env)
         others["critic"] = (critic, tokenizer, sft.make_optimizer(critic, cfg, env))
     start = rl.load_state(checkpoint, env, model, optimizer, others)

@@ -209,7 +209,7 @@ def home(tmp_path_factory):
 
 def config(home, out="", **more):
     return qrm.Config(**{"model": str(home / "policy"), "data": (str(home / "pairs.jsonl"),), "out": str(out), "batch_size": 16,
-                         "max_length": 128, "steps": 3, "lr": 1e-3, **more})
+                         "max_length": 128, "steps": 3, "lr": 1e-3, **({} if more.get("method", "qrm") != "qrm" else {"beta": 0.2}), **more})
 
 
 def load(home, **more):
