@@ -185,7 +185,7 @@ def last_checkpoint(cfg):
         raise BadInput(f"--resume: {config_file} is damaged: {error}") from None
     # Options without effect on the result.
     free = {"resume", "out", "save_every", "micro_batch_size", "grad_checkpoint", "compile", "rows_at_once", "show", "plot",
-            "estimate", "world", "card_gib", "show_every"}
+            "estimate", "world", "card_gib", "show_every", "color"}
     for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
         if name not in free and before.get(name, value) != value:
             raise BadInput(f"--resume: {cfg.out} was started with --{name} {before[name]}, not {value}")

@@ -2,6 +2,7 @@
 
     kind        a token's number z_t                                     value of a prefix (a logit)
     (none)      V of the state after it: TDRM, ScalarPRM, ScalarORM      z of the last token
+    orm         the same, trained with the end-of-response token         z of the last token
     implicit    beta (log pi - log pi_ref): PRIME, DPO                   sum of z over the response's tokens
     qrm         Q of the token: Q-RM                                     scale x mean of z over the response's tokens
 

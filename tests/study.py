@@ -135,6 +135,7 @@ SMALL = ["--data", "builtin-hard", "--problems", "40", "--prompts_per_step", "2"
          "--eval_problems", "8", "--show_every", "0", "--save_every", "0"]
 
 RL = {"rule-only": ["--alpha", "1"],
+      "rule-only, dr_grpo": ["--alpha", "1", "--estimator", "dr_grpo"],
       "ScalarPRM blend": ["--prm", "scalar_prm"],
       "TDRM blend": ["--prm", "tdrm"],
       "TDRM blend, on-policy": ["--prm", "tdrm", "--prm_lr", "3e-4"],
@@ -161,8 +162,9 @@ PRIME = {"outcomes only": OFF,
 
 def curves(args, script, settings, prefix):
     """Runs of an RL script under every setting and seed -> {setting: {"curve": per seed [[questions, pass@1, greedy]], ...}}."""
-    outs = {(name, s): f"{args.place}/{prefix}-{re.sub('[^a-z0-9]+', '-', name.lower())}-{s}" for s in range(args.seeds) for name in settings}
     size, model = SMALL if args.quick else LIMITS, policy(args, "builtin-hard")
+    settings = dict(list(settings.items())[:4]) if args.quick else settings
+    outs = {(name, s): f"{args.place}/{prefix}-{re.sub('[^a-z0-9]+', '-', name.lower())}-{s}" for s in range(args.seeds) for name in settings}
     run(args, [(out, [script, "--model", model, *size, "--seed", str(s), *settings[name]])
                for (name, s), out in outs.items()])
     results = {}
@@ -209,19 +211,20 @@ def first_at(curve, accuracy):
 
 
 def curve_table(results, baseline):
-    """Final accuracies; questions to reach half and 0.9 of the best final accuracy of the table; paired against a baseline."""
+    """Final accuracies; the gain over a baseline, paired by seed; questions until half and 0.9 of the table's best gain."""
     best = max(np.mean([c[-1][1] for c in r["curve"]]) for r in results.values())
+    begin = np.mean([c[0][1] for r in results.values() for c in r["curve"]])
     rows = []
     for name, r in results.items():
         final = [c[-1][1] for c in r["curve"]]
         gain = [a - c[-1][1] for a, c in zip(final, results[baseline]["curve"])]
         reach = []
         for share in (0.5, 0.9):
-            counts = [first_at(c, share * best) for c in r["curve"]]
+            counts = [first_at(c, begin + share * (best - begin)) for c in r["curve"]]
             hit = [x for x in counts if x is not None]
             reach.append(f"{np.mean(hit):.0f} ({len(hit)}/{len(counts)})" if hit else f"never (0/{len(counts)})")
         rows.append([name, cell(final), cell([c[-1][2] for c in r["curve"]]), "" if name == baseline else cell(gain), *reach])
-    return table(["rewards", "pass@1", "greedy", f"pass@1 minus {baseline}", "questions to half of the best", "to 0.9 of the best"], rows)
+    return table(["rewards", "pass@1", "greedy", f"pass@1 minus {baseline}", "questions to half of the best gain", "to 0.9 of it"], rows)
 
 
 def rl_tables(results):
@@ -236,7 +239,7 @@ def prime_tables(results):
     yield "prime-pairs", table(["PRM", *[f"steps {i}-{i + 9}" for i in range(1, 60, 20)]], [
         [name, *[cell([run[i] for run in results[name]["pair_accuracy"]]) for i in range(0, len(results[name]["pair_accuracy"][0]), 2)]]
         for name in ("PRIME", "double forward", "offline PRM", "offline-trained PRM, online", "policy reference")
-        if "pair_accuracy" in results[name]])
+        if "pair_accuracy" in results.get(name, ())])
 
 
 # --------------------------------------------------------------------------------------------------
