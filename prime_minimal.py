@@ -53,12 +53,13 @@ ESTIMATORS = ("rloo", "rloo_code", "reinforce", "grpo", "ppo", "value")
 
 @dataclass(frozen=True)
 class Config(rl.RLConfig):
+    steps: int = opt(300, "steps: one round of sampling, scoring and updating each", low=1)
     prm: str = opt("", "what the implicit PRM starts from; empty: the initial policy; none: outcomes only, no PRM at all")
     reference: str = opt("sft", "pi_ref: the initial policy, or the current one", choices=("sft", "policy"))
     update: str = opt("after", "the PRM's step comes after its rewards are read, before, or never", choices=("after", "before", "none"))
     granularity: str = opt("token", "a reward for every token, or their sum on the last", choices=("token", "whole"))
     estimator: str = opt("rloo", "of the advantages; value: the PRM as value model", choices=ESTIMATORS)
-    beta: float = opt(0.05, "scale of the log-ratio in the PRM's loss", low=0)
+    beta: float = opt(0.5, "scale of the log-ratio in the PRM's loss (the paper: 0.05, for responses 50 times as long)", low=0)
     norm: str = opt("batch", "process rewards: divided by the batch's largest return, or as they are", choices=("batch", "none"))
     process_weight: float = opt(1.0, "weight of the process rewards' stream; 0: trained, not used", low=0)
     outcome_weight: float = opt(1.0, "weight of the outcomes' stream", low=0)
@@ -352,7 +353,7 @@ def main(cfg, env):
             else:
                 for row in kept:
                     row.pop("ref_logprobs", None)  # the PRM's; the policy has no KL term
-            metrics |= rl.update_policy(policy, model, optimizer, kept, rl.rise(cfg, step), cfg, env, pad_id)
+            metrics |= rl.update_policy(policy, model, optimizer, kept, sft.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup), cfg, env, pad_id)
         clock.append(time.time())
 
         # 5) Log, evaluate, save.

@@ -70,7 +70,7 @@ class RLConfig(sft.TrainConfig):
     temperature: float = opt(1.0, "of the policy, sampled and scored", low=0.01)
     max_new_tokens: int = opt(128, "longest response", low=1)
     rows_at_once: int = opt(2048, "rows in one decoding batch of one process (memory only, same result)", low=1)
-    lr: float = opt(3e-4, "learning rate after warmup, constant (for a 7B model: 1e-6)", low=0)
+    lr: float = opt(4e-4, "peak learning rate (for a 7B model: 1e-6)", low=0)
     save_every: int = opt(50, "steps between checkpoints; 0: none before the end", low=0)
     eval_every: int = opt(50, "steps between evaluations; 0: only at the start and the end", low=0)
     eval_problems: int = opt(500, "held-out questions in the evaluation", low=1)
@@ -284,11 +284,6 @@ def rollout_metrics(rows, rewards, group_size):
             "truncated": mean(not row["finished"] for row in rows), "verifier_failed": mean(row["failed"] for row in rows)}
 
 
-def rise(cfg, step):
-    """The learning rate: linear warmup, then constant."""
-    return cfg.lr * min(1.0, (step + 1) / max(1, round(cfg.warmup * cfg.steps)))
-
-
 # --------------------------------------------------------------------------------------------------
 # Algorithm 1.
 
@@ -356,7 +351,7 @@ def main(cfg, env):
             for row, logprobs in zip(kept, score_logprobs(ref, kept, cfg, env, pad_id)):
                 row["ref_logprobs"] = logprobs
         if kept:
-            metrics |= update_policy(policy, model, optimizer, kept, rise(cfg, step), cfg, env, pad_id)
+            metrics |= update_policy(policy, model, optimizer, kept, sft.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup), cfg, env, pad_id)
         if cfg.prm_lr:
             norm = train_reward_model(wrapped_prm, prm, others["prm"][2], examples, prm_tokenizer.pad_token_id, cfg, env)
             metrics["skipped"] = metrics.get("skipped", 0) + (not math.isfinite(norm))
@@ -379,7 +374,7 @@ def main(cfg, env):
 def end_of_step(cfg, env, log, step, metrics, clock, model, tokenizer, held_out, optimizer, others, stopping):
     """Evaluate, log and save where it is time to -> whether to stop here."""
     done = step + 1
-    metrics |= {"lr": rise(cfg, step), "peak_mib": peak_mib(env)}
+    metrics |= {"lr": sft.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup), "peak_mib": peak_mib(env)}
     metrics |= {f"seconds_{what}": b - a for what, a, b in zip(("sampling", "scoring", "update"), clock, clock[1:])}
     if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
         metrics |= evaluate(model, tokenizer, held_out, cfg, env)
