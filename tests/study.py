@@ -147,7 +147,7 @@ OFF = ["--prm", "none"]
 PRIME = {"outcomes only": OFF,
          "PRIME": [],
          "double forward": ["--update", "before"],
-         "offline PRM": ["--update", "none", "--prm", "offline"],
+         "offline PRM": ["--update", "none", "--prm", "offline"],  # trained on the initial policy's samples
          "offline-trained PRM, online": ["--prm", "offline"],
          "policy reference": ["--reference", "policy"],
          "whole response": ["--granularity", "whole"],

@@ -536,13 +536,13 @@ def train(env, options, fault=None):
 
 def at_step(env, at, number):
     """The last rank gets a signal during a step, once: to stop is for all to agree on. Killed are all of them."""
-    rise, sent = rl.rise, []
+    rate, sent = sft.learning_rate, []
 
-    def patched(cfg, step):
+    def patched(step, *rest):
         if step == at and not sent and (env.rank == env.world - 1 or number == signal.SIGKILL):
             sent.append(os.kill(os.getpid(), number))
-        return rise(cfg, step)
-    rl.rise = patched
+        return rate(step, *rest)
+    sft.learning_rate = patched
 
 
 def kept_advantages(env, path):
