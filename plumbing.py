@@ -192,7 +192,8 @@ def last_checkpoint(cfg):
     found = [name for name in os.listdir(state) if name.startswith("step_")] if os.path.isdir(state) else []
     for folder in (os.path.join(state, name) for name in sorted(found, reverse=True)):
         if reason := damage(folder):
-            print(f"--resume: {folder} is damaged ({reason}); looking for the checkpoint before it", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"--resume: {folder} is damaged ({reason}); looking for the checkpoint before it", file=sys.stderr)
         else:
             return folder
     return None

@@ -163,6 +163,7 @@ PRIME = {"outcomes only": OFF,
 def curves(args, script, settings, prefix):
     """Runs of an RL script under every setting and seed -> {setting: {"curve": per seed [[questions, pass@1, greedy]], ...}}."""
     size, model = SMALL if args.quick else LIMITS, policy(args, "builtin-hard")
+    settings = {name: options for name, options in settings.items() if name in (args.settings or settings)}
     settings = dict(list(settings.items())[:4]) if args.quick else settings
     outs = {(name, s): f"{args.place}/{prefix}-{re.sub('[^a-z0-9]+', '-', name.lower())}-{s}" for s in range(args.seeds) for name in settings}
     run(args, [(out, [script, "--model", model, *size, "--seed", str(s), *settings[name]])
@@ -296,7 +297,7 @@ def figures(results):
     for part, names in (("rl", list(RL)), ("prime", ["outcomes only", "PRIME", "offline PRM", "control: shuffled over tokens",
                                                      "control: process weight 0"])):
         if part in results:
-            curve = {name: results[part][name]["curve"] for name in names}
+            curve = {name: results[part][name]["curve"] for name in names if name in results[part]}
             lines(f"{place}/{part}.svg", "Held-out pass@1, hard level (95% intervals)",
                   {name: [(points[0][0], *spread([p[1] for p in points])) for points in zip(*runs)] for name, runs in curve.items()},
                   "questions seen", "pass@1")
@@ -322,6 +323,7 @@ def main():
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; none: all, or `readme`: only write the tables again")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--settings", nargs="+", help="of rl and prime: only these rows of the table")
     parser.add_argument("--quick", action="store_true", help="everything small: shows that it runs")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS) - {"readme"}:

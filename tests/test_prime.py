@@ -638,7 +638,7 @@ def test_first_steps_of_a_run(reference, home):
         assert rows[2]["prm_loss"] != pytest.approx(math.log(2), abs=1e-4)
         assert all(0 < row["verifiable"] < 1 and row["kept"] == 1 and row["skipped"] == 0 for row in rows[1:])
         assert all(row["max_ratio_deviation"] < 1e-3 and row["questions"] == 2 * row["step"] for row in rows[1:])
-        assert json.loads((out / "prm" / "reward.json").read_text()) == {"kind": "implicit", "beta": 0.05}
+        assert json.loads((out / "prm" / "reward.json").read_text()) == {"kind": "implicit", "beta": 0.5}
         for name, moved in (("model", True), ("prm", True), ("prm/reference", False)):
             assert same_weights(out / name, home / "policy") != moved
         assert load(out, "prm/reference") and data.load_tokenizer(str(out / "prm" / "reference"))

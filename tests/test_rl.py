@@ -711,7 +711,7 @@ def test_what_a_run_logs(reference, home):
         assert {"no_signal", "truncated", "approx_kl"} <= row.keys() and row["max_ratio_deviation"] < 1e-4
         assert row["clip_fraction"] == row["skipped"] == row["verifier_failed"] == 0
         assert row["reward"] == pytest.approx((row["verifiable"] + row["prm"]) / 2, abs=1e-5) and 0 < row["prm"] < 1
-        assert row["grad_norm"] > 0 and row["questions"] == 2 * i and row["lr"] == pytest.approx(1e-3)
+        assert row["grad_norm"] > 0 and row["questions"] == 2 * i and row["lr"] == sft.learning_rate(i - 1, 4, 1e-3, 0.03)
         assert 1 <= row["response_length"] <= 8 and 0 < row["entropy"] < math.log(len(data.builtin_tokenizer()))
     assert any(row["prm_auroc"] is not None and row["prm_auroc_after"] != row["prm_auroc"] for row in rows[1:])
     summary = json.load(open(reference(1, prm_lr=1e-3) / "summary.json"))
@@ -832,7 +832,7 @@ def test_kl_term_pulls_back_to_the_initial_policy(home, tmp_path):
         rows = rolled_out(policy)
         p, q = (np.concatenate(rl.score_logprobs(m, rows, CFG, Env(), PAD)) for m in (policy, start))
         return rl.kl_divergence(torch.from_numpy(p), torch.from_numpy(q)).mean().item()
-    assert distance(10.0) < 0.5 * distance(0.0)
+    assert distance(10.0) < 0.7 * distance(0.0)
 
 
 def test_fewer_questions_than_a_step_wants(home, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ import sft_minimal as sft
 import tdrm_minimal as tdrm
 from conftest import ROOT
 from data import BadInput
-from plumbing import Env
+from plumbing import Env, last_checkpoint
 
 SCRIPTS = {"sft": sft, "tdrm": tdrm}
 processes = multiprocessing.get_context("forkserver")
@@ -506,7 +506,7 @@ def test_resume_with_another_number_of_processes(before, now, reference, home, t
 
 @pytest.mark.parametrize("name", ["rank1.pt", "model.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "garbage"])
-def test_damaged_checkpoint(damage, name, reference, home, tmp_path, capfd):
+def test_damaged_checkpoint(damage, name, reference, home, tmp_path, capsys):
     """The one before it is taken, and the run ends where it would have."""
     if (damage, name) == ("gone", "model.safetensors"):
         pytest.skip("a folder without weights is met when they are loaded")
@@ -514,9 +514,11 @@ def test_damaged_checkpoint(damage, name, reference, home, tmp_path, capfd):
     shutil.copytree(reference("tdrm", 2), out)
     path = out / "state" / "step_00000006" / name
     path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:100] if damage == "cut" else b"x" * 5000)
-    assert ranks(2, tmp_path, train, "tdrm", settings("tdrm", home, out, resume=True)) == [0, 0]
-    message = capfd.readouterr().err
+    before = last_checkpoint(tdrm.Config(**settings("tdrm", home, out, resume=True)))
+    message = capsys.readouterr().err
+    assert before == str(out / "state" / "step_00000004")
     assert str(path.parent) in message and "damaged" in message and "before it" in message
+    assert ranks(2, tmp_path, train, "tdrm", settings("tdrm", home, out, resume=True)) == [0, 0]
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (out / name).read_bytes() == (reference("tdrm", 2) / name).read_bytes()
 
