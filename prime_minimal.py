@@ -353,7 +353,7 @@ def main(cfg, env):
             else:
                 for row in kept:
                     row.pop("ref_logprobs", None)  # the PRM's; the policy has no KL term
-            metrics |= rl.update_policy(policy, model, optimizer, kept, sft.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup), cfg, env, pad_id)
+            metrics |= rl.update_policy(policy, model, optimizer, kept, rl.rate(cfg, step), cfg, env, pad_id)
         clock.append(time.time())
 
         # 5) Log, evaluate, save.

@@ -503,7 +503,7 @@ def train_policy(cfg, env):
             for row, logprobs in zip(kept, rl.score_logprobs(ref, kept, cfg, env, pad_id)):
                 row["ref_logprobs"] = logprobs
         if kept:
-            metrics |= rl.update_policy(policy, model, optimizer, kept, sft.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup), cfg, env, pad_id)
+            metrics |= rl.update_policy(policy, model, optimizer, kept, rl.rate(cfg, step), cfg, env, pad_id)
         clock.append(time.time())
 
         # 5) Log, evaluate, save.

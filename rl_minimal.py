@@ -23,7 +23,7 @@ Left out: asynchronous sampling (a vLLM beside the trainer), entropy bonus, part
 
     python rl_minimal.py                                         # built-in policy and TDRM: pass@1 0.45 -> 0.95+ in a minute
     python rl_minimal.py --alpha 1                               # rule-only
-    python rl_minimal.py --prm_lr 1e-3 --data builtin-hard --steps 200
+    python rl_minimal.py --prm_lr 3e-4 --data builtin-hard       # the reward model learns with it
     torchrun --nproc_per_node=8 rl_minimal.py --model Qwen/Qwen2.5-Math-7B --prm PRM --data math_level3.jsonl --alpha 0.8 \\
         --prompts_per_step 128 --group_size 7 --lr 1e-6 --max_new_tokens 2048 --max_length 2560 \\
         --micro_batch_size 2 --grad_checkpoint
@@ -71,6 +71,8 @@ class RLConfig(sft.TrainConfig):
     max_new_tokens: int = opt(128, "longest response", low=1)
     rows_at_once: int = opt(2048, "rows in one decoding batch of one process (memory only, same result)", low=1)
     lr: float = opt(4e-4, "peak learning rate (for a 7B model: 1e-6)", low=0)
+    decay: bool = opt(True, "the learning rate falls to 0 by a cosine; --no-decay: constant, so that a curve over the "
+                            "questions seen does not hang on how many were to come")
     save_every: int = opt(50, "steps between checkpoints; 0: none before the end", low=0)
     eval_every: int = opt(50, "steps between evaluations; 0: only at the start and the end", low=0)
     eval_problems: int = opt(500, "held-out questions in the evaluation", low=1)
@@ -284,6 +286,13 @@ def rollout_metrics(rows, rewards, group_size):
             "truncated": mean(not row["finished"] for row in rows), "verifier_failed": mean(row["failed"] for row in rows)}
 
 
+def rate(cfg, step):
+    """The learning rate of a step, from 0: warmup, then a cosine or constant."""
+    if cfg.decay:
+        return sft.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+    return cfg.lr * min(1.0, (step + 1) / max(1, round(cfg.warmup * cfg.steps)))
+
+
 # --------------------------------------------------------------------------------------------------
 # Algorithm 1.
 
@@ -351,7 +360,7 @@ def main(cfg, env):
             for row, logprobs in zip(kept, score_logprobs(ref, kept, cfg, env, pad_id)):
                 row["ref_logprobs"] = logprobs
         if kept:
-            metrics |= update_policy(policy, model, optimizer, kept, sft.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup), cfg, env, pad_id)
+            metrics |= update_policy(policy, model, optimizer, kept, rate(cfg, step), cfg, env, pad_id)
         if cfg.prm_lr:
             norm = train_reward_model(wrapped_prm, prm, others["prm"][2], examples, prm_tokenizer.pad_token_id, cfg, env)
             metrics["skipped"] = metrics.get("skipped", 0) + (not math.isfinite(norm))
@@ -374,7 +383,7 @@ def main(cfg, env):
 def end_of_step(cfg, env, log, step, metrics, clock, model, tokenizer, held_out, optimizer, others, stopping):
     """Evaluate, log and save where it is time to -> whether to stop here."""
     done = step + 1
-    metrics |= {"lr": sft.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup), "peak_mib": peak_mib(env)}
+    metrics |= {"lr": rate(cfg, step), "peak_mib": peak_mib(env)}
     metrics |= {f"seconds_{what}": b - a for what, a, b in zip(("sampling", "scoring", "update"), clock, clock[1:])}
     if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
         metrics |= evaluate(model, tokenizer, held_out, cfg, env)

@@ -130,7 +130,7 @@ def search_tables(results):
 # Reinforcement learning.
 
 LIMITS = ["--data", "builtin-hard", "--problems", "500", "--prompts_per_step", "16", "--steps", "60", "--eval_every", "15",
-          "--max_new_tokens", "100", "--eval_problems", "300", "--show_every", "0", "--save_every", "0"]
+          "--max_new_tokens", "100", "--eval_problems", "300", "--lr", "3e-4", "--no-decay", "--show_every", "0", "--save_every", "0"]
 SMALL = ["--data", "builtin-hard", "--problems", "40", "--prompts_per_step", "2", "--group_size", "4", "--steps", "2", "--eval_every", "0",
          "--eval_problems", "8", "--show_every", "0", "--save_every", "0"]
 
@@ -335,7 +335,8 @@ def main():
             results = json.load(f)
     for part in args.parts or PARTS:
         if part in PARTS:
-            results[part] = PARTS[part][0](args)
+            new = PARTS[part][0](args)
+            results[part] = results.get(part, {}) | new if args.settings else new
             for name, lines in PARTS[part][1](results[part]):
                 print(f"\n{name}\n{lines}", flush=True)
             if not args.quick:
