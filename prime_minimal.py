@@ -45,7 +45,7 @@ import rl_minimal as rl
 import sft_minimal as sft
 import tdrm_minimal as tdrm
 from data import BadInput
-from plumbing import merge, peak_mib
+from plumbing import merge
 from sft_minimal import opt
 
 ESTIMATORS = ("rloo", "rloo_code", "reinforce", "grpo", "ppo", "value")
@@ -230,6 +230,13 @@ def process_rewards(rows, wrapped, prm, optimizer, ref, cfg, env, pad_id):
     return process, mask, metrics
 
 
+def load_critic(checkpoint, cfg, env):
+    """A critic from the run's checkpoint, or the initial policy with a new head -> model, the same in DDP, optimizer."""
+    name = os.path.join(checkpoint, "critic") if checkpoint else cfg.model
+    critic, wrapped = sft.prepare(tdrm.load_reward_model(name, sft.torch_dtype(cfg, env), cfg.seed), cfg, env)
+    return critic, wrapped, sft.make_optimizer(critic, cfg, env)
+
+
 def token_values(critic, rows, pad_id):
     """V(x, y_<t) of every response token: read one token earlier, before y_t is known. (n, T-1) in to_tensors' layout."""
     b = rl.to_tensors(rows, pad_id, next(critic.parameters()).device)
@@ -302,9 +309,8 @@ def main(cfg, env):
         if cfg.reference == "sft":
             ref = rl.load_causal_lm(cfg.model, cfg, env).to(env.device).eval()
     if cfg.estimator == "ppo":
-        critic = tdrm.load_reward_model(checkpoint and os.path.join(checkpoint, "critic") or cfg.model, sft.torch_dtype(cfg, env), cfg.seed)
-        critic, wrapped_critic = sft.prepare(critic, cfg, env)
-        others["critic"] = (critic, tokenizer, sft.make_optimizer(critic, cfg, env))
+        critic, wrapped_critic, critic_optimizer = load_critic(checkpoint, cfg, env)
+        others["critic"] = (critic, tokenizer, critic_optimizer)
     start = rl.load_state(checkpoint, env, model, optimizer, others)
 
     sft.open_run(cfg, env)
@@ -344,16 +350,7 @@ def main(cfg, env):
         clock.append(time.time())
 
         # 4) The policy's update.
-        shown = kept and prm and (kept[0], process[0])
-        kept = [row for row in kept if row["finished"] or not cfg.mask_truncated]
-        if kept:
-            if ref_kl:
-                for row, logprobs in zip(kept, rl.score_logprobs(ref_kl, kept, cfg, env, pad_id)):
-                    row["ref_logprobs"] = logprobs
-            else:
-                for row in kept:
-                    row.pop("ref_logprobs", None)  # the PRM's; the policy has no KL term
-            metrics |= rl.update_policy(policy, model, optimizer, kept, rl.rate(cfg, step), cfg, env, pad_id)
+        metrics |= rl.policy_step(policy, model, optimizer, kept, ref_kl, step, cfg, env, pad_id)
         clock.append(time.time())
 
         # 5) Log, evaluate, save.
@@ -361,8 +358,8 @@ def main(cfg, env):
         metrics |= {"skipped": skipped, "questions": (step + 1) * sampled}
         if rl.end_of_step(cfg, env, log, step, metrics, clock, model, tokenizer, held_out, optimizer, others, stopping):
             return None
-        if cfg.show_every and (step + 1) % cfg.show_every == 0 and shown:
-            show_rewards(env, tokenizer, *shown)
+        if cfg.show_every and (step + 1) % cfg.show_every == 0 and kept and prm:
+            show_rewards(env, tokenizer, kept[0], process[0])
     log.close()
     summary = rl.finish(cfg, env, model, tokenizer, held_out, start_time, skipped, **others)
     if env.rank == 0 and prm:  # the reward model is the pair

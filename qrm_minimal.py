@@ -459,10 +459,8 @@ def train_policy(cfg, env):
     problems, held_out = rl.load_problems(cfg, level, model, tokenizer, env)
     optimizer, pad_id, others, critic = sft.make_optimizer(model, cfg, env), tokenizer.pad_token_id, {}, None
     if cfg.rl == "ppo":
-        name = checkpoint and os.path.join(checkpoint, "critic") or cfg.model
-        critic = tdrm.load_reward_model(name, sft.torch_dtype(cfg, env), cfg.seed)
-        critic, wrapped_critic = sft.prepare(critic, cfg, env)
-        others["critic"] = (critic, tokenizer, sft.make_optimizer(critic, cfg, env))
+        critic, wrapped_critic, critic_optimizer = prime.load_critic(checkpoint, cfg, env)
+        others["critic"] = (critic, tokenizer, critic_optimizer)
     start = rl.load_state(checkpoint, env, model, optimizer, others)
 
     sft.open_run(cfg, env)
@@ -475,7 +473,6 @@ def train_policy(cfg, env):
         # 2) Responses; verified for the log only.
         clock, keys = [time.time()], range(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step)
         rows = rl.rollout(model, tokenizer, [problems[i] for i in next(order)], keys, cfg, env)
-        model.train()
         clock.append(time.time())
 
         # 3) Token scores, token rewards, advantages over the global batch.
@@ -498,12 +495,7 @@ def train_policy(cfg, env):
         clock.append(time.time())
 
         # 4) The policy's update.
-        kept = [row for row in rows if row["finished"] or not cfg.mask_truncated]
-        if kept and ref:
-            for row, logprobs in zip(kept, rl.score_logprobs(ref, kept, cfg, env, pad_id)):
-                row["ref_logprobs"] = logprobs
-        if kept:
-            metrics |= rl.update_policy(policy, model, optimizer, kept, rl.rate(cfg, step), cfg, env, pad_id)
+        metrics |= rl.policy_step(policy, model, optimizer, rows, ref, step, cfg, env, pad_id)
         clock.append(time.time())
 
         # 5) Log, evaluate, save.

@@ -145,6 +145,7 @@ def rollout(model, tokenizer, problems, keys, cfg, env):
     mine = range(len(problems))[env.rank::env.world]
     samples = search.sample(model, tokenizer, [problems[i]["question"] for i in mine], cfg.group_size, cfg.temperature,
                             cfg.max_new_tokens, cfg.seed, [keys[i] for i in mine], rows_at_once=cfg.rows_at_once)
+    model.train()  # sampling left it in eval mode, in which there is no gradient checkpointing
     groups = merge({i: [verified(problems[i], s) for s in group] for i, group in zip(mine, samples)}, env)
     return [row for i in range(len(problems)) for row in groups[i]]
 
@@ -276,6 +277,19 @@ def update_policy(policy, model, optimizer, rows, lr, cfg, env, pad_id):
             "clip_fraction": clipped / tokens, "approx_kl": kl / tokens, "max_ratio_deviation": deviation}
 
 
+def policy_step(policy, model, optimizer, rows, ref, step, cfg, env, pad_id):
+    """update_policy on the rows that count, against the initial policy `ref` where there is a KL term -> metrics."""
+    rows = [row for row in rows if row["finished"] or not cfg.mask_truncated]
+    if not rows:
+        return {}
+    for row in rows:
+        row.pop("ref_logprobs", None)  # PRIME's reward model has a reference, too
+    if ref:
+        for row, logprobs in zip(rows, score_logprobs(ref, rows, cfg, env, pad_id)):
+            row["ref_logprobs"] = logprobs
+    return update_policy(policy, model, optimizer, rows, rate(cfg, step), cfg, env, pad_id)
+
+
 def rollout_metrics(rows, rewards, group_size):
     """Means over a step's rollouts, before any of them is left out. A group whose rewards are all equal teaches nothing."""
     groups = rewards.reshape(-1, group_size)
@@ -334,7 +348,6 @@ def main(cfg, env):
         batch = [problems[i] for i in next(order)]
         keys = range(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step)  # noise: a function of the step
         rows = rollout(model, tokenizer, batch, keys, cfg, env)
-        model.train()
         clock.append(time.time())
 
         # 3) The state before the answer, valued; blended rewards; advantages.
@@ -355,12 +368,7 @@ def main(cfg, env):
         clock.append(time.time())
 
         # 4) The policy's update; then the reward model's, on the same rollouts.
-        kept = [row for row in rows if row["finished"] or not cfg.mask_truncated]
-        if ref:
-            for row, logprobs in zip(kept, score_logprobs(ref, kept, cfg, env, pad_id)):
-                row["ref_logprobs"] = logprobs
-        if kept:
-            metrics |= update_policy(policy, model, optimizer, kept, rate(cfg, step), cfg, env, pad_id)
+        metrics |= policy_step(policy, model, optimizer, rows, ref, step, cfg, env, pad_id)
         if cfg.prm_lr:
             norm = train_reward_model(wrapped_prm, prm, others["prm"][2], examples, prm_tokenizer.pad_token_id, cfg, env)
             metrics["skipped"] = metrics.get("skipped", 0) + (not math.isfinite(norm))

@@ -371,7 +371,6 @@ def part_rl(args):
             start = time.perf_counter()
             first = step * prompts % len(problems)
             rows = rl.rollout(model, tokenizer, problems[first:first + prompts], range(step * prompts, (step + 1) * prompts), cfg, ENV)
-            model.train()
             sampling += time.perf_counter() - start
             advantages = rl.group_advantages(torch.tensor([row["verifiable"] for row in rows]), group)
             for row, advantage in zip(rows, advantages.tolist()):
@@ -530,7 +529,6 @@ def part_gpu(args):
     def rl_step():
         start = time.perf_counter()
         rows = rl.rollout(model, tokenizer, problems, range(len(problems)), cfg, env)
-        model.train()
         middle = time.perf_counter()
         for i, row in enumerate(rows):
             row["advantages"] = np.full(len(row["old_logprobs"]), 1.0 - 2 * (i % 2), dtype=np.float32)
