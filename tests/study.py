@@ -13,38 +13,65 @@ README, between <!-- study:NAME --> and <!-- end -->, and into figures/. Cells a
 """
 import argparse
 import concurrent.futures
+import itertools
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
-import subprocess
+import runpy
 import sys
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}  # of the runs
+sys.path.insert(0, ROOT)
+import data  # noqa: E402
+import qrm_minimal  # noqa: E402
+import tdrm_minimal  # noqa: E402
+from plumbing import Env  # noqa: E402
+from scorers import load_scorer  # noqa: E402
+
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t at 97.5%, by number of seeds
 
 
 # --------------------------------------------------------------------------------------------------
 # Runs.
 
-def run(args, commands):
-    """Run scripts, one process each, `jobs` at a time: [(out folder, [script, option...])...]."""
-    jobs = args.jobs
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    todo = [c for c in commands if not os.path.exists(os.path.join(ROOT, c[0], "summary.json"))]
+def execute(out, command):
+    """One run, in a process of its own whose imports are done already; what it prints goes to `out`.log."""
+    os.chdir(ROOT)
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    log = os.open(out + ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = [*map(str, command), "--out", out, "--resume"]
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"{' '.join(sys.argv)} failed, see {out}.log") from None
 
-    def one(out, command):
-        result = subprocess.run([sys.executable, *command, "--out", out, "--resume"], cwd=ROOT, env=os.environ | threads,
-                                capture_output=True, text=True)
-        if result.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc="runs", disable=not todo) as bar:
-        for done in concurrent.futures.as_completed([pool.submit(one, *c) for c in todo]):
-            done.result()
-            bar.update()
+
+def run(args, commands):
+    """Run scripts, `jobs` at a time with one thread each, those without a summary.json yet: [(out, [script, option...])...]."""
+    todo = [c for c in commands if not os.path.exists(os.path.join(ROOT, c[0], "summary.json"))]
+    context = multiprocessing.get_context("forkserver")  # start-up is half of a short run
+    context.set_forkserver_preload(["transformers.models.qwen2.modeling_qwen2", "prime_minimal", "qrm_minimal"])
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, context, max_tasks_per_child=1) as pool, \
+            tqdm(total=len(todo), desc="runs", disable=not todo) as bar:
+        runs = [pool.submit(execute, *c) for c in todo]
+        try:
+            for done in concurrent.futures.as_completed(runs):
+                done.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def summary(out):
@@ -55,6 +82,10 @@ def summary(out):
 def metrics(out):
     with open(os.path.join(ROOT, out, "metrics.jsonl")) as f:
         return [json.loads(line) for line in f]
+
+
+def slug(name):
+    return re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
 def spread(numbers):
@@ -127,10 +158,167 @@ def search_tables(results):
 
 
 # --------------------------------------------------------------------------------------------------
+# What the reward models depend on. All trained on 32,000 trajectories (half the default), unless it says otherwise.
+
+TARGETS = {"ScalarPRM": ["--method", "scalar_prm"],
+           "TDRM, n = 1": ["--n_step", "1"], "TDRM, n = 2": ["--n_step", "2"], "TDRM, n = 3": [],
+           "TDRM, lambda 0.9": ["--lam", "0.9"], "TDRM, lambda 1": ["--lam", "1"],
+           "TDRM, gamma 0.6": ["--gamma", "0.6"], "TDRM, gamma 1": ["--gamma", "1"],
+           "TDRM, rewards +-0.5 constant": ["--correct", "0.5", "0.5", "--wrong", "-0.5", "-0.5"],
+           "TDRM, no step rewards": ["--correct", "0", "0", "--wrong", "0", "0", "--gamma", "1"],
+           "outcomes only, TDRM n = 3": ["--label_rollouts", "0"],
+           "outcomes only, TDRM lambda 1": ["--label_rollouts", "0", "--lam", "1"],
+           "outcomes only, ScalarORM": ["--method", "scalar_orm"]}
+CONDITIONS = {"1 rollout a label": ["--label_rollouts", "1"], "2 rollouts": ["--label_rollouts", "2"], "4 rollouts": [],
+              "8 rollouts": ["--label_rollouts", "8"], "15% of the labels flipped": "flip0.15", "30% flipped": "flip0.3",
+              "8,000 trajectories": ["--problems", "2000"], "another student's solutions": "other"}
+
+
+def write_rows(args, name, make):
+    """`make`() -> rows, as a file of trajectories, once."""
+    path = f"{args.place}/{name}.jsonl"
+    if not os.path.exists(os.path.join(ROOT, path)):
+        os.makedirs(os.path.join(ROOT, args.place), exist_ok=True)
+        with open(os.path.join(ROOT, path + ".tmp"), "w") as f:
+            keep = ("prompt", "completions", "labels", "answer", "correct")
+            f.writelines(json.dumps({key: row[key] for key in keep if row.get(key) is not None}) + "\n" for row in make())
+        os.replace(os.path.join(ROOT, path + ".tmp"), os.path.join(ROOT, path))
+    return path
+
+
+def solutions(args, kind, seed):
+    """Options for training on solutions with flipped labels, or of a student whose habits the policy does not have."""
+    def make():
+        problems = data.make_problems(200 if args.quick else 8000, "train", seed)
+        rows = data.make_trajectories(problems, 4, 4, seed=seed, level="builtin-hard" if kind == "other" else "builtin")
+        rng = random.Random(seed)
+        for row in rows if kind != "other" else []:
+            row["labels"][:-1] = [1 - x if rng.random() < float(kind.removeprefix("flip")) else x for x in row["labels"][:-1]]
+        return rows
+    held_out = write_rows(args, "held-out", lambda: data.make_trajectories(data.make_problems(1000, "test"), 2, 4, seed=1))
+    return ["--data", write_rows(args, f"{kind}-{seed}", make), "--eval", held_out]
+
+
+def search_with(args, name, folders, *options):
+    """One search run over the reward models {name: folder} -> {(method, name, n): accuracy}."""
+    out = f"{args.place}/{name}"
+    size = ["--problems", "10", "--n", "4"] if args.quick else ["--problems", "500"]
+    run(args, [(out, ["search_minimal.py", "--model", policy(args), "--beam", "1", *options, *size, "--prm", *folders.values()])])
+    names = {re.sub("/model$", "", folder).split("/")[-1]: name for name, folder in folders.items()}
+    found = {}
+    for row in summary(out)["rows"]:
+        method, _, prm = row["method"].partition(", ")
+        found[method, names.get(prm, prm), row["n"]] = row["accuracy"]
+    return found
+
+
+def sweep(args):
+    """Every setting under every seed: its measures, and greedy search (b = 8) and best-of-16 with it."""
+    settings = {(name, ""): options for name, options in TARGETS.items()}
+    settings |= {(name, method): options for name, options in CONDITIONS.items() for method in ("scalar_prm", "tdrm") if options}
+    settings = {key: settings[key] for key in list(settings)[::5]} if args.quick else settings
+    outs, commands = {}, []
+    for s in range(args.seeds):
+        for (name, method), options in settings.items():
+            out = outs[name, method, s] = f"{args.place}/sweep-{slug(name + ' ' + method)}-{s}"
+            options = solutions(args, options, s) if isinstance(options, str) else options
+            commands.append((out, ["tdrm_minimal.py", "--model", policy(args), "--seed", str(s), "--eval_every", "0", "--problems",
+                                   "200" if args.quick else "8000", *(["--method", method] if method else []), *options]))
+    run(args, commands)
+    results = {}
+    for s in range(args.seeds):
+        folders = {key[:2]: f"{out}/model" for key, out in outs.items() if key[2] == s}
+        found = search_with(args, f"sweep-search-{s}", folders, "--n", "16", "--expand", "8", "--seed", str(s))
+        for name, method in settings:
+            row = results.setdefault(f"{name}|{method}", {key: [] for key in ("greedy", "best-of-n", *MEASURES)})
+            row["greedy"].append(found["greedy search 8", (name, method), 1])
+            row["best-of-n"].append(found["best-of-n", (name, method), 4 if args.quick else 16])
+            for key in MEASURES:
+                row[key].append(summary(outs[name, method, s]).get(key))
+    return results
+
+
+def sweep_tables(results):
+    keys = {"greedy": "greedy search, b = 8", "best-of-n": "best-of-16", "abs_delta_v": "mean abs dV", "lipschitz": "largest abs dV",
+            "auroc_second_last": "AUROC, second-last", "calibration_error": "calibration error"}
+    base = results.get("ScalarPRM|", {}).get("greedy")
+    less = lambda a, b: cell([x - y for x, y in zip(a, b)]) if a and b else ""  # noqa: E731
+    yield "targets", table(["targets", *keys.values(), "greedy minus ScalarPRM's"], [
+        [name, *[cell(results[name + "|"][key]) for key in keys], less(results[name + "|"]["greedy"], base)]
+        for name in TARGETS if name + "|" in results])
+    pair = {name: [results.get(f"{name}|{m}") for m in ("scalar_prm", "tdrm")] for name in CONDITIONS}
+    pair["4 rollouts"] = [results.get("ScalarPRM|"), results.get("TDRM, n = 3|")]
+    yield "conditions", table(["step labels", "ScalarPRM, greedy", "TDRM, greedy", "TDRM minus ScalarPRM", "ScalarPRM, abs dV", "TDRM, abs dV"], [
+        [name, cell(a["greedy"]), cell(b["greedy"]), less(b["greedy"], a["greedy"]), cell(a["abs_delta_v"]), cell(b["abs_delta_v"])]
+        for name, (a, b) in pair.items() if a and b])
+
+
+# --------------------------------------------------------------------------------------------------
+# With a labelling budget, which reward model should I train?
+
+BUDGETS = (200_000, 800_000, 3_200_000)  # tokens sampled to make the training data, labels included
+LEARNERS = {"ScalarPRM, step labels": ("steps", "tdrm", ["--method", "scalar_prm"]),
+            "TDRM, step labels": ("steps", "tdrm", []),
+            "TDRM, outcomes": ("outcomes", "tdrm", ["--lam", "1"]),
+            "ScalarORM, outcomes": ("outcomes", "tdrm", ["--method", "scalar_orm"]),
+            "implicit PRM (DPO), outcomes": ("outcomes", "qrm", ["--method", "dpo_rm"]),
+            "Q-RM, outcomes": ("outcomes", "qrm", ["--method", "qrm"])}
+
+
+def spend(budget, kind, seed):
+    """Solutions bought with `budget` tokens -> rows. Of "outcomes" a row costs its own tokens; of "steps", also those of
+    the 4 rollouts from each of its prefixes. Every token of a built-in step is one character, its blank line one more."""
+    questions, spent, rows = iter(data.make_problems(40_000, "train", seed)), 0, []
+    length = lambda row: sum(len(step) + 1 for step in row["completions"]) - 6  # noqa: E731  \boxed{ is one token
+    while spent < budget:
+        problem = next(questions)
+        for row in data.make_trajectories([problem], 8 if kind == "outcomes" else 4, 4 if kind == "steps" else 0,
+                                          seed=f"{seed} {problem['question']}"):
+            rest = np.cumsum([len(step) + 1 for step in reversed(row["completions"])])[:-1] - 6  # after each prefix
+            spent += length(row) + (4 * int(rest.sum()) if kind == "steps" else 0)
+            rows.append(row)
+    return rows
+
+
+def budget(args):
+    """Each learner at each budget: greedy search (b = 8) and best-of-16."""
+    budgets = [b // 100 for b in BUDGETS[:2]] if args.quick else BUDGETS
+    held_out = write_rows(args, "held-out", lambda: data.make_trajectories(data.make_problems(1000, "test"), 2, 4, seed=1))
+    outs, commands = {}, []
+    for s, b, kind in itertools.product(range(args.seeds), budgets, ("steps", "outcomes")):
+        path = write_rows(args, f"{kind}-{b}-{s}", lambda: spend(b, kind, s))
+        with open(os.path.join(ROOT, path)) as f:
+            rows = sum(1 for _ in f)
+        for name, (wanted, script, options) in LEARNERS.items():
+            if wanted == kind:  # at most 64,000 responses and four passes
+                steps = max(50, min(1000, 4 * rows // 64)) if script == "tdrm" else max(50, min(500, 2 * rows // 64))
+                files = ["--data", path] if script == "tdrm" else ["--pairs_from", path]
+                out = outs[name, b, s] = f"{args.place}/budget-{slug(name)}-{b}-{s}"
+                commands.append((out, [f"{script}_minimal.py", "--model", policy(args), *files, "--steps", "4" if args.quick else str(steps),
+                                       "--eval_every", "0", "--seed", str(s), *(["--eval", held_out] if script == "tdrm" else []), *options]))
+    run(args, commands)
+    results = {name: {str(b): {"greedy": [], "best-of-n": []} for b in budgets} for name in LEARNERS}
+    for s in range(args.seeds):
+        found = search_with(args, f"budget-search-{s}", {key[:2]: f"{out}/model" for key, out in outs.items() if key[2] == s},
+                            "--n", "16", "--expand", "8", "--seed", str(s))
+        for name, b in itertools.product(LEARNERS, budgets):
+            results[name][str(b)]["greedy"].append(found["greedy search 8", (name, b), 1])
+            results[name][str(b)]["best-of-n"].append(found["best-of-n", (name, b), 4 if args.quick else 16])
+    return results
+
+
+def budget_tables(results):
+    budgets = list(next(iter(results.values())))
+    for what, title in (("greedy", "greedy search, b = 8"), ("best-of-n", "best-of-16")):
+        yield f"budget-{what}", table([title + "; tokens spent on data:", *[f"{int(b):,}" for b in budgets]],
+                                      [[name, *[cell(results[name][b][what]) for b in budgets]] for name in results])
+
+
+# --------------------------------------------------------------------------------------------------
 # Reinforcement learning.
 
 LIMITS = ["--data", "builtin-hard", "--problems", "500", "--prompts_per_step", "16", "--steps", "60", "--eval_every", "15",
-          "--max_new_tokens", "100", "--eval_problems", "300", "--lr", "3e-4", "--no-decay", "--show_every", "0", "--save_every", "0"]
+          "--max_new_tokens", "100", "--eval_problems", "300", "--lr", "2e-4", "--no-decay", "--show_every", "0", "--save_every", "0"]
 SMALL = ["--data", "builtin-hard", "--problems", "40", "--prompts_per_step", "2", "--group_size", "4", "--steps", "2", "--eval_every", "0",
          "--eval_problems", "8", "--show_every", "0", "--save_every", "0"]
 
@@ -144,6 +332,7 @@ RL = {"rule-only": ["--alpha", "1"],
       "PRM-only, on-policy": ["--prm", "tdrm", "--alpha", "0", "--prm_lr", "3e-4"]}
 
 OFF = ["--prm", "none"]
+SOME = ["--accuracy", "0.1", "0.9"]  # of 8 responses, one right is already something to learn from
 PRIME = {"outcomes only": OFF,
          "PRIME": [],
          "double forward": ["--update", "before"],
@@ -160,20 +349,18 @@ PRIME = {"outcomes only": OFF,
          "control: process weight 0": ["--process_weight", "0"]}
 
 
-def curves(args, script, settings, prefix):
+def curves(args, script, settings, prefix, common=()):
     """Runs of an RL script under every setting and seed -> {setting: {"curve": per seed [[questions, pass@1, greedy]], ...}}."""
     size, model = SMALL if args.quick else LIMITS, policy(args, "builtin-hard")
     settings = {name: options for name, options in settings.items() if name in (args.settings or settings)}
     settings = dict(list(settings.items())[:4]) if args.quick else settings
-    outs = {(name, s): f"{args.place}/{prefix}-{re.sub('[^a-z0-9]+', '-', name.lower())}-{s}" for s in range(args.seeds) for name in settings}
-    run(args, [(out, [script, "--model", model, *size, "--seed", str(s), *settings[name]])
+    outs = {(name, s): f"{args.place}/{prefix}-{slug(name)}-{s}" for s in range(args.seeds) for name in settings}
+    run(args, [(out, [script, "--model", model, *size, "--seed", str(s), *common, *settings[name]])
                for (name, s), out in outs.items()])
     results = {}
     for name in settings:
         rows = [metrics(outs[name, s]) for s in range(args.seeds)]
-        last = [summary(outs[name, s]) for s in range(args.seeds)]
-        results[name] = {"curve": [[[r.get("questions", 0), r["pass@1"], r["greedy"]] for r in run if "pass@1" in r]
-                                   + [[run[-1]["questions"], end["pass@1"], end["greedy"]]] for run, end in zip(rows, last)],
+        results[name] = {"curve": [curve(outs[name, s]) for s in range(args.seeds)],
                          "train": [[round(float(np.mean([r["verifiable"] for r in run[1:][i:i + 10]])), 4)
                                     for i in range(0, len(run) - 1, 10)] for run in rows]}
         for key in ("pair_accuracy", "pair_accuracy_after", "prm_auroc", "prm_auroc_after", "truncated", "response_length"):
@@ -181,6 +368,12 @@ def curves(args, script, settings, prefix):
                 results[name][key] = [[round(float(np.nanmean([r[key] if r.get(key) is not None else np.nan for r in run[1:][i:i + 10]] or [np.nan])), 4)
                                        for i in range(0, len(run) - 1, 10)] for run in rows]
     return results
+
+
+def curve(out):
+    """[[questions seen, pass@1, greedy]...] of a run."""
+    rows, end = metrics(out), summary(out)
+    return [[r.get("questions", 0), r["pass@1"], r["greedy"]] for r in rows if "pass@1" in r] + [[rows[-1]["questions"], end["pass@1"], end["greedy"]]]
 
 
 def reward_models_hard(args):
@@ -198,9 +391,81 @@ def rl(args):
 
 def prime(args):
     offline = f"{args.place}/prime-offline"  # a PRM trained on the initial policy's samples alone: the policy's lr is 0
-    run(args, [(offline, ["prime_minimal.py", "--model", policy(args, "builtin-hard"), *(SMALL if args.quick else LIMITS), "--seed", "100", "--lr", "0"])])
+    run(args, [(offline, ["prime_minimal.py", "--model", policy(args, "builtin-hard"), *(SMALL if args.quick else LIMITS), *SOME,
+                         *([] if args.quick else ["--problems", "5000", "--prompts_per_step", "32", "--steps", "150", "--eval_every", "0"]), "--seed", "100", "--lr", "0"])])
     return curves(args, "prime_minimal.py", {name: [offline + "/prm" if o == "offline" else o for o in options]
-                                             for name, options in PRIME.items()}, "prime")
+                                             for name, options in PRIME.items()}, "prime", SOME)
+
+
+KINDS = {"Q-RM": ["--method", "qrm"], "Q-RM, beta 0.2": ["--method", "qrm", "--beta", "0.2"], "ORM": ["--method", "orm"],
+         "DPO-RM": ["--method", "dpo_rm"]}
+SHORT = ["--prompts_per_step", "16", "--steps", "100", "--eval_every", "10", "--lr", "2e-4", "--no-decay", *SOME, "--eval_problems", "300",
+         "--show_every", "0", "--save_every", "0"]  # PRIME on the default level, where responses have half as many steps
+
+
+def qrm(args):
+    """Reward models from pairs on the default level: pairs, best-of-n, first wrong step; and RL with them on the hard level."""
+    model, seeds = policy(args), range(args.seeds)
+    small = ["--problems", "200", "--eval_problems", "60"] if args.quick else []
+    outs = {(name, s): f"{args.place}/{slug(name)}-{s}" for s in seeds for name in KINDS}
+    short = {(name, s): f"{args.place}/short-{slug(name)}-{s}" for s in seeds for name in ("PRIME", "outcomes only")}
+    run(args, [(out, ["qrm_minimal.py", "--model", model, "--eval_every", "0", "--seed", str(s), *small, *KINDS[name]])
+               for (name, s), out in outs.items()]
+        + [(out, ["prime_minimal.py", "--model", model, "--seed", str(s), *(SMALL[2:] if args.quick else SHORT), *(OFF if name != "PRIME" else [])])
+           for (name, s), out in short.items()])
+    tdrms = reward_models(args)
+    results = {name: {"pair_accuracy": [], "first_wrong_step": [], "greedy": [], "best-of-n": []} for name in (*KINDS, "TDRM", "PRIME")}
+    for s in seeds:
+        folders = {name: outs[name, s] + "/model" for name in KINDS} | {"TDRM": tdrms["tdrm", s] + "/model"}
+        found = search_with(args, f"qrm-search-{s}", folders, "--n", "64", "--expand", "8", "--seed", str(s))
+        for name, folder in (folders | {"PRIME": short["PRIME", s] + "/prm"}).items():
+            row = results[name]
+            row["first_wrong_step"].append(first_wrong_step(args, folder, name))
+            if name in folders:
+                row["greedy"].append(found["greedy search 8", name, 1])
+                row["best-of-n"].append([found["best-of-n", name, n] for n in ((4,) if args.quick else (4, 8, 16, 32, 64))])
+            if name in KINDS:
+                row["pair_accuracy"].append(summary(outs[name, s])["pair_accuracy"])
+    for name in ("PRIME", "outcomes only"):
+        results["short " + name] = {"curve": [curve(short[name, s]) for s in seeds]}
+    return results | {"rl": qrm_rl(args)}
+
+
+def first_wrong_step(args, folder, kind):
+    """AUROC of "this is the first wrong step" from the fall of the reward model's value there, on held-out solutions."""
+    rows = data.make_trajectories(data.make_problems(60 if args.quick else 500, "test"), 2, seed=1)
+    tokenizer = data.load_tokenizer(os.path.join(ROOT, folder))
+    model = load_scorer(os.path.join(ROOT, folder), torch.float32, tdrm_minimal.load_reward_model)
+    examples = data.encode_rows(rows, tokenizer, 2048)[0]
+    values = tdrm_minimal.score_rows(model, examples, tokenizer.pad_token_id, Env())
+    if kind in ("PRIME", "DPO-RM"):  # a sum of log-ratios is no probability
+        values = [torch.logit(torch.tensor(v), eps=1e-7).tolist() for v in values]
+    return qrm_minimal.localisation_auroc(values, [e["first_error"] for e in examples])
+
+
+def qrm_rl(args):
+    """REINFORCE and PPO with a reward model of each kind, trained on one set of pairs from the hard level's policy."""
+    model, place = policy(args, "builtin-hard"), args.place
+    level, count = "builtin-hard", 60 if args.quick else 5000
+    samples = write_rows(args, "samples-hard", lambda: data.make_trajectories(data.make_problems(count, "train", 7, level), 8, seed=7, level=level))
+    run(args, [(f"{place}/{m}-hard", ["qrm_minimal.py", "--model", model, "--method", m, "--eval_every", "0", "--pairs_from",
+                                      samples, "--seed", "0"]) for m in ("qrm", "orm", "dpo_rm")])
+    names = {"Q-RM": "qrm", "ORM": "orm", "DPO-RM": "dpo_rm"}
+    results = curves(args, "qrm_minimal.py", {f"{how}, {name}": ["--rl", how.lower(), "--rm", f"{place}/{m}-hard/model"]
+                                              for how in ("REINFORCE", "PPO") for name, m in names.items()}, "qrm-rl")
+    for name, m in names.items():
+        results[f"REINFORCE, {name}"]["pair_accuracy"] = summary(f"{place}/{m}-hard")["pair_accuracy"]
+    return results
+
+
+def qrm_tables(results):
+    rows = {name: r for name, r in results.items() if "greedy" in r}
+    yield "qrm", table(["reward model", "pair accuracy", "AUROC of the first wrong step", "greedy search, b = 8",
+                        *[f"best-of-{n}" for n in (4, 8, 16, 32, 64)]],
+                       [[name, *[cell(r[key]) if r[key] else "" for key in ("pair_accuracy", "first_wrong_step", "greedy")],
+                         *[cell(column) for column in zip(*r["best-of-n"])]] for name, r in rows.items()])
+    yield "qrm-rl", curve_table(results["rl"], "REINFORCE, ORM")
+    yield "prime-short", curve_table({name: results["short " + name] for name in ("outcomes only", "PRIME")}, "outcomes only")
 
 
 def first_at(curve, accuracy):
@@ -303,7 +568,8 @@ def figures(results):
                   "questions seen", "pass@1")
 
 
-PARTS = {"tdrm": (tdrm, tdrm_tables), "search": (search, search_tables), "rl": (rl, rl_tables), "prime": (prime, prime_tables)}
+PARTS = {"tdrm": (tdrm, tdrm_tables), "search": (search, search_tables), "sweep": (sweep, sweep_tables), "budget": (budget, budget_tables),
+         "rl": (rl, rl_tables), "prime": (prime, prime_tables), "qrm": (qrm, qrm_tables)}
 
 
 def write_readme(results):

@@ -23,6 +23,7 @@ import rl_minimal as rl
 import sft_minimal as sft
 import tdrm_minimal as tdrm
 from data import BadInput
+from pairs import encode_pairs, load_data, make_pairs
 from plumbing import Env
 from scorers import load_scorer
 from test_training import ranks
@@ -170,20 +171,20 @@ def test_pairs_of_each_question():
     rows = [trajectory(q, [f"{q}{i}"], i % 3 == 0) for q in ("a", "b") for i in range(12)]
     rows += [trajectory("a", ["a0"], True)] * 5 + [trajectory("only right", ["x"], True), trajectory("only wrong", ["y"], False)]
     for most in (1, 4, 31, 32, 1000):
-        pairs = qrm.make_pairs(rows, most, seed=3)
+        pairs = make_pairs(rows, most, seed=3)
         for q in ("a", "b"):
             mine = [(p["chosen"][0], p["rejected"][0]) for p in pairs if p["prompt"] == q]
             assert len(mine) == len(set(mine)) == min(most, 4 * 8)
             assert all(w[0] == l[0] == q and int(w[1:]) % 3 == 0 and int(l[1:]) % 3 for w, l in mine)
         assert {p["prompt"] for p in pairs} == {"a", "b"}
-    some = qrm.make_pairs(rows, 4, seed=3)
-    assert some != qrm.make_pairs(rows, 4, seed=4)
+    some = make_pairs(rows, 4, seed=3)
+    assert some != make_pairs(rows, 4, seed=4)
     others = [r for r in rows if r["prompt"] != "b"]
-    assert qrm.make_pairs(others, 4, seed=3) == [p for p in some if p["prompt"] == "a"]  # whatever else there is
+    assert make_pairs(others, 4, seed=3) == [p for p in some if p["prompt"] == "a"]  # whatever else there is
     with pytest.raises(BadInput, match="f:1: whether it is right"):
-        qrm.make_pairs([trajectory("a", ["x"], None)], 4)
+        make_pairs([trajectory("a", ["x"], None)], 4)
     chat = [{"role": "user", "content": "a"}]
-    assert qrm.make_pairs([trajectory(chat, ["x"], True), trajectory(chat, ["y"], False)], 1)[0]["prompt"] == chat
+    assert make_pairs([trajectory(chat, ["x"], True), trajectory(chat, ["y"], False)], 1)[0]["prompt"] == chat
 
 
 def write(path, rows):
@@ -202,7 +203,7 @@ def home(tmp_path_factory):
     write(home / "samples.jsonl", [{k: row[k] for k in ("prompt", "completions", "answer")} for row in rows])
     write(home / "problems.jsonl", problems[:12])
     join = data.STEP_END.join
-    pairs = [{"prompt": p["prompt"], "chosen": " " + join(p["chosen"]), "rejected": join(p["rejected"])} for p in qrm.make_pairs(rows, 3)]
+    pairs = [{"prompt": p["prompt"], "chosen": " " + join(p["chosen"]), "rejected": join(p["rejected"])} for p in make_pairs(rows, 3)]
     write(home / "pairs.jsonl", pairs)
     return home
 
@@ -213,7 +214,7 @@ def config(home, out="", **more):
 
 
 def load(home, **more):
-    return qrm.load_data(config(home, **more), data.builtin_level(more.get("data", ("x",))), data.builtin_tokenizer(), Env())
+    return load_data(config(home, **more), data.builtin_level(more.get("data", ("x",))), data.builtin_tokenizer(), Env())
 
 
 @pytest.fixture
@@ -248,9 +249,9 @@ def test_encoded_pairs(home):
             text = tokenizer.decode(side["input_ids"][side["prompt_length"]:-1])
             assert text == data.STEP_END.join(side["completions"]) and text[0] != " "  # the space at the file's start is gone
     same = {"prompt": "1+1", "chosen": ["1+1=2"], "rejected": ["1+1=2"]}
-    kept, dropped = qrm.encode_pairs([same, same | {"rejected": ["1+1=3"]}, same | {"rejected": ["1+1=3"] * 40}], tokenizer, 50)
+    kept, dropped = encode_pairs([same, same | {"rejected": ["1+1=3"]}, same | {"rejected": ["1+1=3"] * 40}], tokenizer, 50)
     assert (len(kept), dropped) == (1, 2)
-    empty, _ = qrm.encode_pairs([same | {"rejected": []}], tokenizer, 50)  # nothing but the end
+    empty, _ = encode_pairs([same | {"rejected": []}], tokenizer, 50)  # nothing but the end
     assert len(empty[0]["rejected"]["input_ids"]) == empty[0]["rejected"]["prompt_length"] + 1
 
 
