@@ -543,9 +543,45 @@ def part_gpu(args):
     print(f"    sampling {np.median(phases, axis=0)[0]:.3g} s, update {np.median(phases, axis=0)[1]:.3g} s; largest |ratio - 1| {deviation:.2g}")
 
 
+def part_startup(args):
+    """Seconds from the command to the first training step, of the scripts that learn from the built-in data at once."""
+    import subprocess
+    import sft_minimal as sft
+    scripts, root = ("sft", "tdrm"), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = data.builtin_tokenizer()
+        sft.save_model(folder + "/policy", sft.new_policy(tokenizer, 0), tokenizer)
+
+        def first_step(script):
+            begin, out = time.perf_counter(), tempfile.mkdtemp(dir=folder)
+            small = ["--model", folder + "/policy"] if script == "tdrm" else []
+            process = subprocess.Popen([sys.executable, f"{root}/{script}_minimal.py", "--out", out, *small], stdout=-3, stderr=-3)
+            metrics = out + "/metrics.jsonl"
+            while process.poll() is None and not (os.path.exists(metrics) and '"step": 1' in open(metrics).read()):
+                time.sleep(0.01)
+            seconds = time.perf_counter() - begin
+            process.kill()
+            process.wait()
+            return seconds
+
+        def python(code):
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+            return time.perf_counter() - begin
+
+        rows = [{"import torch": python("import torch"), "and what a script loads of transformers": python(
+            "import torch, tdrm_minimal; from transformers import AutoModelForTokenClassification, Qwen2ForTokenClassification"),
+            **{f"{script}_minimal.py": first_step(script) for script in scripts}} for _ in range(args.repeats)]
+        for name in rows[0]:
+            numbers = sorted(row[name] for row in rows)
+            print(f"{name:<42} {median(numbers):5.1f} s to the first step ({numbers[0]:.1f}-{numbers[-1]:.1f})" if "minimal" in name
+                  else f"{name:<42} {median(numbers):5.1f} s ({numbers[0]:.1f}-{numbers[-1]:.1f})")
+
+
 PARTS = {"tdrm": (part_tdrm, "training steps of tdrm_minimal.py against the published algorithm and TRL"),
          "search": (part_search, "beam search against one call per prefix and candidate; sample() against generate"),
          "gpu": (part_gpu, "TDRM and RL steps of a 7B shape on one GPU (without one: a small shape on the CPU)"),
+         "startup": (part_startup, "seconds from the command to the first training step"),
          "rl": (part_rl, "a step of rl_minimal.py against TRL's GRPOTrainer, sampling and update")}
 
 

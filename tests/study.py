@@ -31,6 +31,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}  # of the runs
 sys.path.insert(0, ROOT)
 import data  # noqa: E402
+import figures  # noqa: E402
 import qrm_minimal  # noqa: E402
 import tdrm_minimal  # noqa: E402
 from plumbing import Env  # noqa: E402
@@ -129,9 +130,32 @@ def reward_models(args):
     return folders
 
 
+def step_values(folder, rows):
+    """-> the rows as examples, and a reward model's values of all their steps."""
+    tokenizer = data.load_tokenizer(os.path.join(ROOT, folder))
+    model = load_scorer(os.path.join(ROOT, folder), torch.float32, tdrm_minimal.load_reward_model)
+    examples = data.encode_rows(rows, tokenizer, 2048)[0]
+    return examples, tdrm_minimal.score_rows(model, examples, tokenizer.pad_token_id, Env())
+
+
 def tdrm(args):
-    folders = reward_models(args)
-    return {m: {key: [summary(folders[m, s])[key] for s in range(args.seeds)] for key in MEASURES} for m in METHODS}
+    folders, seeds = reward_models(args), range(args.seeds)
+    results = {m: {key: [summary(folders[m, s])[key] for s in seeds] for key in MEASURES} for m in METHODS}
+    # value traces and TD errors by step, on the same held-out solutions
+    rows, cfg = data.make_trajectories(data.make_problems(60 if args.quick else 500, "test"), 2, 4, seed=1), tdrm_minimal.Config()
+    errors, values = {}, {}
+    for m, s in itertools.product(("scalar_prm", "tdrm"), seeds):
+        examples, found = step_values(folders[m, s] + "/model", rows)
+        values.setdefault(m, found)  # of the first seed
+        for e, v in zip(examples, found):
+            labels, mask = torch.tensor([e["labels"]]), torch.ones(1, len(v))
+            r = tdrm_minimal.shaped_rewards(labels, mask, cfg.correct, cfg.wrong)[0].tolist()
+            for t in range(len(v) - 1):
+                errors.setdefault(m, {}).setdefault(t, []).append(abs(r[t] + cfg.gamma * v[t + 1] - v[t]))
+    results["td_error_by_step"] = {m: [np.quantile(e[t], (0.05, 0.25, 0.5, 0.75, 0.95)).round(3).tolist() for t in sorted(e)] for m, e in errors.items()}
+    results["traces"] = [{"title": title, "first_error": rows[i]["first_error"], "values": {m: [round(x, 3) for x in values[m][i]] for m in values}}
+                         for title, i in tdrm_minimal.choose_three(examples)]
+    return results
 
 
 def tdrm_tables(results):
@@ -339,7 +363,6 @@ PRIME = {"outcomes only": OFF,
          "offline PRM": ["--update", "none", "--prm", "offline"],  # trained on the initial policy's samples
          "offline-trained PRM, online": ["--prm", "offline"],
          "policy reference": ["--reference", "policy"],
-         "whole response": ["--granularity", "whole"],
          "no filter": ["--accuracy", "0", "1"],
          "REINFORCE, outcomes": ["--estimator", "reinforce", *OFF], "REINFORCE, PRIME": ["--estimator", "reinforce"],
          "GRPO, outcomes": ["--estimator", "grpo", *OFF], "GRPO, PRIME": ["--estimator", "grpo"],
@@ -433,11 +456,7 @@ def qrm(args):
 
 def first_wrong_step(args, folder, kind):
     """AUROC of "this is the first wrong step" from the fall of the reward model's value there, on held-out solutions."""
-    rows = data.make_trajectories(data.make_problems(60 if args.quick else 500, "test"), 2, seed=1)
-    tokenizer = data.load_tokenizer(os.path.join(ROOT, folder))
-    model = load_scorer(os.path.join(ROOT, folder), torch.float32, tdrm_minimal.load_reward_model)
-    examples = data.encode_rows(rows, tokenizer, 2048)[0]
-    values = tdrm_minimal.score_rows(model, examples, tokenizer.pad_token_id, Env())
+    examples, values = step_values(folder, data.make_trajectories(data.make_problems(60 if args.quick else 500, "test"), 2, seed=1))
     if kind in ("PRIME", "DPO-RM"):  # a sum of log-ratios is no probability
         values = [torch.logit(torch.tensor(v), eps=1e-7).tolist() for v in values]
     return qrm_minimal.localisation_auroc(values, [e["first_error"] for e in examples])
@@ -509,63 +528,32 @@ def prime_tables(results):
 
 
 # --------------------------------------------------------------------------------------------------
+# All together.
 
-# --------------------------------------------------------------------------------------------------
-# Figures: small SVG files that follow the reader's light or dark page.
-
-COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c755f", "#76b7b2")
-
-
-def lines(path, title, series, x_label, y_label, log_x=False):
-    """{name: [(x, mean, half an interval)]} as lines with bands, y from 0 to 1."""
-    W, H, left, top, right, bottom = 640, 320, 48, 30, 190, 40
-    xs = sorted({x for points in series.values() for x, _, _ in points})
-    at = (lambda x: math.log2(x)) if log_x else float
-    low, high = at(xs[0]), at(xs[-1])
-    X = lambda x: round(left + (at(x) - low) / (high - low or 1) * (W - left - right), 1)  # noqa: E731
-    Y = lambda y: round(H - bottom - min(1, max(0, y)) * (H - top - bottom), 1)  # noqa: E731
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {W} {H}" font-family="sans-serif" font-size="11">',
-           "<style>text{fill:#333}.g{stroke:#8884}@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>",
-           f'<text x="{left}" y="16" font-size="13">{title}</text>']
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        out.append(f'<line class="g" x1="{left}" x2="{W - right}" y1="{Y(tick)}" y2="{Y(tick)}"/>'
-                   f'<text x="{left - 6}" y="{Y(tick) + 4}" text-anchor="end">{tick:g}</text>')
-    for x in xs if len(xs) < 9 else xs[::len(xs) // 6]:
-        out.append(f'<text x="{X(x)}" y="{H - bottom + 16}" text-anchor="middle">{x:g}</text>')
-    out.append(f'<text x="{(left + W - right) / 2}" y="{H - 6}" text-anchor="middle">{x_label}</text>'
-               f'<text x="12" y="{H / 2}" transform="rotate(-90 12 {H / 2})" text-anchor="middle">{y_label}</text>')
-    ends = sorted((-points[-1][1], name) for name, points in series.items())
-    for i, (_, name) in enumerate(ends):
-        points, colour = series[name], COLOURS[list(series).index(name) % len(COLOURS)]
-        band = [f"{X(x)},{Y(m + h)}" for x, m, h in points] + [f"{X(x)},{Y(m - h)}" for x, m, h in reversed(points)]
-        line = " ".join(f"{X(x)},{Y(m)}" for x, m, _ in points)
-        y = top + 14 + 18 * i
-        out.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.15"/>'
-                   f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                   f'<rect x="{W - right + 10}" y="{y - 8}" width="10" height="10" fill="{colour}"/>'
-                   f'<text x="{W - right + 25}" y="{y + 1}">{name}</text>')
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as f:
-        f.write("\n".join(out + ["</svg>"]) + "\n")
-
-
-def figures(results):
+def draw(results):
     """All figures that the results allow, to figures/."""
-    place = os.path.join(ROOT, "figures")
+    at = lambda name: os.path.join(ROOT, "figures", name + ".svg")  # noqa: E731
+    if "traces" in results.get("tdrm", ()):
+        figures.traces(at("traces"), "Values along held-out solutions", results["tdrm"]["traces"], "step", "value")
+        figures.boxes(at("td-error"), "TD error by step: quantiles 5, 25, 50, 75, 95%", results["tdrm"]["td_error_by_step"], "step", "TD error")
     if "search" in results:
-        lines(place + "/greedy-search.svg", "Greedy search: accuracy by branching (95% intervals)",
-              {m: [(b, *spread(results["search"][f"greedy search {b}, {m} @ 1"])) for b in (2, 4, 8, 16)] for m in METHODS},
-              "next steps sampled from each prefix", "accuracy", log_x=True)
-        lines(place + "/best-of-n.svg", "Best-of-n: accuracy by samples (95% intervals)",
-              {m: [(n, *spread(results["search"][f"best-of-n, {m} @ {n}"])) for n in (2, 4, 8, 16, 32, 64)] for m in METHODS},
-              "samples", "accuracy", log_x=True)
-    for part, names in (("rl", list(RL)), ("prime", ["outcomes only", "PRIME", "offline PRM", "control: shuffled over tokens",
-                                                     "control: process weight 0"])):
-        if part in results:
-            curve = {name: results[part][name]["curve"] for name in names if name in results[part]}
-            lines(f"{place}/{part}.svg", "Held-out pass@1, hard level (95% intervals)",
-                  {name: [(points[0][0], *spread([p[1] for p in points])) for points in zip(*runs)] for name, runs in curve.items()},
-                  "questions seen", "pass@1")
+        figures.lines(at("greedy-search"), "Greedy search: accuracy by branching (95% intervals)",
+                      {m: [(b, *spread(results["search"][f"greedy search {b}, {m} @ 1"])) for b in (2, 4, 8, 16)] for m in METHODS},
+                      "next steps sampled from each prefix", "accuracy", log_x=True)
+        figures.lines(at("best-of-n"), "Best-of-n: accuracy by samples (95% intervals)",
+                      {m: [(n, *spread(results["search"][f"best-of-n, {m} @ {n}"])) for n in (2, 4, 8, 16, 32, 64)] for m in METHODS},
+                      "samples", "accuracy", log_x=True)
+    if "budget" in results:
+        figures.lines(at("budget"), "Greedy search (b = 8) by tokens spent on training data (95% intervals)",
+                      {name: [(int(b), *spread(r["greedy"])) for b, r in rows.items()] for name, rows in results["budget"].items()},
+                      "tokens sampled for data and labels", "accuracy", log_x=True)
+    some = ["outcomes only", "PRIME", "offline PRM", "offline-trained PRM, online", "control: shuffled over tokens", "control: process weight 0"]
+    for name, runs, names in (("rl", results.get("rl", {}), list(RL)), ("prime", results.get("prime", {}), some),
+                              ("qrm-rl", results.get("qrm", {}).get("rl", {}), None)):
+        if runs:
+            figures.lines(at(name), "Held-out pass@1, hard level (95% intervals)",
+                          {key: [(points[0][0], *spread([p[1] for p in points])) for points in zip(*r["curve"])] for key, r in runs.items()
+                           if names is None or key in names}, "questions seen", "pass@1")
 
 
 PARTS = {"tdrm": (tdrm, tdrm_tables), "search": (search, search_tables), "sweep": (sweep, sweep_tables), "budget": (budget, budget_tables),
@@ -611,7 +599,7 @@ def main():
                 os.replace(path + ".tmp", path)
     if not args.quick:
         write_readme(results)
-        figures(results)
+        draw(results)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import data
 import prime_minimal as prime
@@ -406,7 +407,7 @@ def rl_config(home, out, rm, loop, **more):
 @pytest.mark.parametrize("loop", ["reinforce", "ppo"])
 @pytest.mark.parametrize("method", METHODS)
 def test_rl(home, trained, tmp_path, parity, method, loop, capsys):
-    more = {"kl_coef": 0.1, "group_size": 1} if method == "qrm" else {"centre": False}
+    more = {"group_size": 1} if method == "qrm" else {"centre": False, "kl_coef": 0.0}
     summary = qrm.main(rl_config(home, tmp_path / "run", trained[method], loop, **more), Env())
     rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert len(rows) == 3 and summary["steps"] == 2 and os.path.isdir(tmp_path / "run" / "model")
@@ -423,15 +424,19 @@ def test_reinforce_pays_each_token_its_own_score(home, trained, tmp_path, parity
         seen.append([dict(row) for row in rows]), update(policy, model, optimizer, rows, *rest))[1])
     for method, folder in trained.items():
         seen.clear()
-        cfg = rl_config(home, tmp_path / method, folder, "reinforce", steps=1)
+        cfg = rl_config(home, tmp_path / method, folder, "reinforce", steps=2, lr=3e-3, kl_coef=0.7)
         qrm.main(cfg, Env())
-        rows, = seen
+        rows = seen[1]  # the policy has moved
+        initial = AutoModelForCausalLM.from_pretrained(home / "policy")
         q = qrm.token_scores(qrm.load_reward(folder, cfg, Env()), rows, cfg, Env(), 0)
         q = [np.full(len(x), x[-1]) for x in q] if method == "orm" else q
         everything = np.concatenate(q)
         for row, x in zip(rows, q):
-            a = (x - everything.mean()) / everything.std(ddof=1)
-            assert row["advantages"].tolist() == pytest.approx([*a[:-1], a.mean()], abs=1e-3)
+            ids, n = torch.tensor([row["input_ids"]]), len(x)
+            ref = initial(ids).logits[0, -n - 1:-1].log_softmax(-1).gather(-1, ids[0, -n:, None])[:, 0].detach().numpy()
+            a = (x - everything.mean()) / everything.std(ddof=1) - 0.7 * (row["old_logprobs"] - ref)
+            assert np.abs(row["old_logprobs"] - ref).max() > 0.01
+            assert row["advantages"].tolist() == pytest.approx([*a[:-1], a.mean()], abs=2e-3)
 
 
 def rl_run(env, cfg):
