@@ -55,7 +55,7 @@ ESTIMATORS = ("rloo", "rloo_code", "reinforce", "grpo", "ppo", "value")
 class Config(rl.RLConfig):
     steps: int = opt(300, "steps: one round of sampling, scoring and updating each", low=1)
     prm: str = opt("", "what the implicit PRM starts from; empty: the initial policy; none: outcomes only, no PRM at all")
-    reference: str = opt("sft", "pi_ref: the initial policy, or the current one", choices=("sft", "policy"))
+    reference: str = opt("sft", "pi_ref: the initial policy (or what --prm has in reference/), or the current one", choices=("sft", "policy"))
     update: str = opt("after", "the PRM's step comes after its rewards are read, before, or never", choices=("after", "before", "none"))
     granularity: str = opt("token", "a reward for every token, or their sum on the last", choices=("token", "whole"))
     estimator: str = opt("rloo", "of the advantages; value: the PRM as value model", choices=ESTIMATORS)
@@ -306,8 +306,9 @@ def main(cfg, env):
         prm = rl.load_causal_lm(checkpoint and os.path.join(checkpoint, "prm") or cfg.prm or cfg.model, cfg, env)
         prm, wrapped_prm = sft.prepare(prm, cfg, env, sft.Policy)
         others["prm"] = (prm, tokenizer, sft.make_optimizer(prm, cfg, env))
-        if cfg.reference == "sft":
-            ref = rl.load_causal_lm(cfg.model, cfg, env).to(env.device).eval()
+        if cfg.reference == "sft":  # a finished implicit PRM brings its own
+            own = os.path.join(cfg.prm, "reference")
+            ref = rl.load_causal_lm(own if cfg.prm and os.path.isdir(own) else cfg.model, cfg, env).to(env.device).eval()
     if cfg.estimator == "ppo":
         critic, wrapped_critic, critic_optimizer = load_critic(checkpoint, cfg, env)
         others["critic"] = (critic, tokenizer, critic_optimizer)
@@ -364,7 +365,7 @@ def main(cfg, env):
     summary = rl.finish(cfg, env, model, tokenizer, held_out, start_time, skipped, **others)
     if env.rank == 0 and prm:  # the reward model is the pair
         sft.save_model(os.path.join(cfg.out, "prm", "reference"), ref or model, tokenizer)
-        sft.write_json(os.path.join(cfg.out, "prm", "reward.json"), {"kind": "implicit", "beta": cfg.beta})
+        sft.write_json(os.path.join(cfg.out, "prm", "reward.json"), {"kind": "implicit", "beta": cfg.beta, "temperature": cfg.temperature})
     sft.barrier(env)
     return summary
 

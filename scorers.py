@@ -26,9 +26,9 @@ class ImplicitReward(torch.nn.Module):
     A token's log-prob is read where the token before it was; so the last hidden state of each token is kept in the cache
     like a key, as one more layer of each of the two models."""
 
-    def __init__(self, model, reference, beta):
+    def __init__(self, model, reference, beta, temperature=1.0):
         super().__init__()
-        self.model, self.reference, self.beta = model, reference, beta
+        self.model, self.reference, self.beta, self.temperature = model, reference, beta, temperature
         self.config, self.layers = model.config, model.config.num_hidden_layers
         for i, layer in enumerate(reference.base_model.layers):
             layer.self_attn.layer_idx = self.layers + 1 + i  # of the cache, which both models share
@@ -48,7 +48,7 @@ class ImplicitReward(torch.nn.Module):
             if use_cache:
                 kept, _ = past_key_values.update(hidden[:, None], hidden[:, None, :, :0], extra)
                 before = F.pad(kept[:, 0], (0, 0, 1, 0))[:, start:-1]
-            logp = F.log_softmax(lm.get_output_embeddings()(before).float(), dim=-1)
+            logp = F.log_softmax(lm.get_output_embeddings()(before).float() / self.temperature, dim=-1)
             scores = scores + sign * self.beta * logp.gather(-1, input_ids[..., None])
         return SimpleNamespace(logits=scores)  # (rows, tokens, 1)
 
@@ -65,7 +65,7 @@ def load_scorer(name, dtype, load_classifier):
     if kind == "implicit":
         from transformers import AutoModelForCausalLM
         load = lambda folder: data.load_model(AutoModelForCausalLM, folder, dtype=dtype)  # noqa: E731
-        model = ImplicitReward(load(name), load(os.path.join(name, "reference")), about["beta"])
+        model = ImplicitReward(load(name), load(os.path.join(name, "reference")), about["beta"], about.get("temperature", 1.0))
     else:
         model = load_classifier(name, dtype, new_head=False)
     model.reduce, model.scale, model.reads_eos = REDUCTIONS.get(kind, "last"), about.get("scale", 1.0), kind is not None

@@ -347,9 +347,10 @@ def part_search(args):
     print("sample(): responses a second, 16 prompts x 8, against transformers' generate")
     sampling("built-in policy", model)
     even, wide = AutoModelForCausalLM.from_pretrained(folder), wide_policy(len(tokenizer), 64 if args.quick else 256)
-    for title, policy in ("short and long responses", even), ("the same, 4M parameters", wide):
+    for title, policy in ("short and long responses", even), ("short and long, 4M parameters", wide):
         policy.eval().lm_head.weight.zero_()  # every token as likely as the end: lengths from 1 to over 100
-        sampling(title, policy, max_new_tokens=160)
+        for longest in (32, 64, 160):
+            sampling(f"{title}, {longest} at most", policy, max_new_tokens=longest)
 
 
 # ----------------------------------------------------------------------------------------------------

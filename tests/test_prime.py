@@ -638,7 +638,7 @@ def test_first_steps_of_a_run(reference, home):
         assert rows[2]["prm_loss"] != pytest.approx(math.log(2), abs=1e-4)
         assert all(0 < row["verifiable"] < 1 and row["kept"] == 1 and row["skipped"] == 0 for row in rows[1:])
         assert all(row["max_ratio_deviation"] < 1e-3 and row["questions"] == 2 * row["step"] for row in rows[1:])
-        assert json.loads((out / "prm" / "reward.json").read_text()) == {"kind": "implicit", "beta": 0.5}
+        assert json.loads((out / "prm" / "reward.json").read_text()) == {"kind": "implicit", "beta": 0.5, "temperature": 1.0}
         for name, moved in (("model", True), ("prm", True), ("prm/reference", False)):
             assert same_weights(out / name, home / "policy") != moved
         assert load(out, "prm/reference") and data.load_tokenizer(str(out / "prm" / "reference"))
@@ -655,6 +655,15 @@ def run(home, tmp_path, monkeypatch):
         prime.main(prime.Config(**settings(home, made[-1], steps=2, eval_every=0, save_every=0) | more), Env())
         return made[-1]
     return run
+
+
+def test_a_finished_prm_brings_its_own_reference(run, home, monkeypatch):
+    """Going on from another run's prm/ and policy: the reference stays the one that PRM was trained against."""
+    first, used, load_lm = run(lr=1e-2), [], rl.load_causal_lm
+    monkeypatch.setattr(rl, "load_causal_lm", lambda name, *rest: (used.append(name), load_lm(name, *rest))[1])
+    second = run(model=str(first / "model"), prm=str(first / "prm"))
+    assert used == [str(first / "model"), str(first / "prm"), str(first / "prm" / "reference")]
+    assert same_weights(second / "prm" / "reference", home / "policy")
 
 
 def test_process_rewards_of_the_first_step_are_zero(run, monkeypatch):

@@ -23,7 +23,7 @@ def folders(tmp_path_factory):
         tokenizer.save_pretrained(home / name)
     for name in "qrm", "tdrm":
         tdrm.load_reward_model(str(home / name)).save_pretrained(home / name)
-    (home / "implicit" / "reward.json").write_text(json.dumps({"kind": "implicit", "beta": 0.3}))
+    (home / "implicit" / "reward.json").write_text(json.dumps({"kind": "implicit", "beta": 0.3, "temperature": 0.7}))
     (home / "qrm" / "reward.json").write_text(json.dumps({"kind": "qrm", "scale": 0.2}))
     return home
 
@@ -39,7 +39,7 @@ def naive_value(folders, name, tokenizer, prompt, steps, finished, reduce):
     x = torch.tensor([text])
     if name == "implicit":
         from transformers import AutoModelForCausalLM
-        logp = [AutoModelForCausalLM.from_pretrained(f).double()(input_ids=x).logits[0].log_softmax(-1)
+        logp = [AutoModelForCausalLM.from_pretrained(f).double()(input_ids=x).logits[0].div(0.7).log_softmax(-1)
                 for f in (folders / "implicit", folders / "implicit" / "reference")]
         z = [0.3 * (logp[0][t - 1, i] - logp[1][t - 1, i]).item() for t, i in enumerate(text)][prompt_length:]
     else:
