@@ -147,8 +147,8 @@ def forward_bytes(config, tokens, e):
 # --------------------------------------------------------------------------------------------------
 # A run.
 
-def head_of(kind):
-    return "value" if kind in ("tdrm", "qrm") else "policy"
+def head_of(kind, cfg):
+    return "value" if kind == "tdrm" or (kind == "qrm" and cfg.method != "dpo_rm") else "policy"
 
 
 def rows_of(cfg, world):
@@ -162,7 +162,7 @@ def memory(config, kind, cfg, world, dtype, others=()):
     `kind` is one of KINDS, `cfg` its script's Config; `config` is the model it trains, `others` what else it loads:
     (config, "policy" or "value", is it trained?) each."""
     e, ddp = dtype.itemsize, world > 1
-    models, online = [(config, head_of(kind), True), *others], kind in ("rl", "prime")
+    models, online = [(config, head_of(kind, cfg), True), *others], kind in ("rl", "prime")
     trained = [(c, h) for c, h, is_trained in models if is_trained]
     sizes = [parameters(c, h)[0] for c, h in trained]
     shares = [largest_share(s, world) for s in sizes]
@@ -226,7 +226,7 @@ def report(config, kind, cfg, world, dtype, card_gib=80.0, others=()):
     card = card_gib * GIB * (1 - RESERVE)
     rows = rows_of(cfg, world)
     micro = min(cfg.micro_batch_size or rows, rows)
-    print(f"{kind}: {count(config, head_of(kind)) / 1e9:.3g}B parameters, {world} x {card_gib:g} GiB, "
+    print(f"{kind}: {count(config, head_of(kind, cfg)) / 1e9:.3g}B parameters, {world} x {card_gib:g} GiB, "
           f"{str(dtype)[6:]}, micro-batches of {micro} x {cfg.max_length} tokens, "
           f"grad_checkpoint {'on' if cfg.grad_checkpoint else 'off'}\n\n  GiB of a process")
     for name, size in parts.items():
@@ -283,7 +283,12 @@ def from_options(kind, cfg):
     if cfg.batch_size and cfg.batch_size < world:
         raise BadInput(f"--batch_size {cfg.batch_size}: fewer rows than the {world} processes")
     config, dtype = load_config(cfg.model), torch.float32 if cfg.dtype == "float32" else torch.bfloat16
-    return report(config, kind, cfg, world, dtype, getattr(cfg, "card_gib", 80.0), loaded_beside(kind, config, cfg))
+    others = loaded_beside(kind, config, cfg)
+    if kind == "qrm" and cfg.rl != "none":
+        kind = "rl"
+    elif kind == "qrm":
+        cfg = dataclasses.replace(cfg, batch_size=cfg.batch_size or 64)
+    return report(config, kind, cfg, world, dtype, getattr(cfg, "card_gib", 80.0), others)
 
 
 def loaded_beside(kind, config, cfg):
@@ -296,8 +301,14 @@ def loaded_beside(kind, config, cfg):
     if kind == "prime" and name != "none":
         others.append((load_config(name) if name else config, "policy", True))
         others += [(config, "policy", False)] * (cfg.reference == "sft")
-    if kind == "prime" and cfg.estimator == "ppo":
+    if (kind == "prime" and cfg.estimator == "ppo") or (kind == "qrm" and cfg.rl == "ppo"):
         others.append((config, "value", True))
+    if kind == "qrm" and cfg.rl != "none":  # the policy's own size stands for a reward model that is not named
+        reward = load_config(cfg.rm) if cfg.rm else config
+        others += [(reward, "policy", False)] * 2 if cfg.method == "dpo_rm" else [(reward, "value", False)]
+        others += [(config, "policy", False)] * (cfg.kl_coef > 0)
+    elif kind == "qrm" and cfg.method == "dpo_rm":
+        others.append((config, "policy", False))
     return others
 
 

@@ -489,41 +489,50 @@ def qrm_tables(results):
 
 def first_at(curve, accuracy):
     """Questions after which a curve first reaches an accuracy, interpolated; None if it never does."""
-    for (q0, a0, _), (q1, a1, _) in zip(curve, curve[1:]):
+    for (q0, a0, *_), (q1, a1, *_) in zip(curve, curve[1:]):
         if a0 < accuracy <= a1:
             return q0 + (q1 - q0) * (accuracy - a0) / (a1 - a0)
     return None
 
 
 def curve_table(results, baseline):
-    """Final accuracies; the gain over a baseline, paired by seed; questions until half and 0.9 of the table's best gain."""
+    """Final accuracies; the gain over a baseline, paired by seed; questions until 0.9 of the table's best gain, and until the
+    baseline's own final accuracy, among the seeds that get there."""
     best = max(np.mean([c[-1][1] for c in r["curve"]]) for r in results.values())
     begin = np.mean([c[0][1] for r in results.values() for c in r["curve"]])
     rows = []
     for name, r in results.items():
-        final = [c[-1][1] for c in r["curve"]]
-        gain = [a - c[-1][1] for a, c in zip(final, results[baseline]["curve"])]
+        finals = [c[-1][1] for c in r["curve"]]
+        base = [c[-1][1] for c in results.get(baseline, r)["curve"]]
         reach = []
-        for share in (0.5, 0.9):
-            counts = [first_at(c, begin + share * (best - begin)) for c in r["curve"]]
-            hit = [x for x in counts if x is not None]
-            reach.append(f"{np.mean(hit):.0f} ({len(hit)}/{len(counts)})" if hit else f"never (0/{len(counts)})")
-        rows.append([name, cell(final), cell([c[-1][2] for c in r["curve"]]), "" if name == baseline else cell(gain), *reach])
-    return table(["rewards", "pass@1", "greedy", f"pass@1 minus {baseline}", "questions to half of the best gain", "to 0.9 of it"], rows)
+        for goals in ([begin + 0.9 * (best - begin)] * len(finals), base):
+            hit = [x for x in map(first_at, r["curve"], goals) if x is not None]
+            reach.append(f"{np.mean(hit):.0f} ({len(hit)}/{len(finals)})" if hit else f"never (0/{len(finals)})")
+        rows.append([name, cell(finals), cell([c[-1][2] for c in r["curve"]]),
+                     "" if name == baseline else cell([x - y for x, y in zip(finals, base)]), *reach])
+    return table(["rewards", "pass@1", "greedy", f"pass@1 minus {baseline}", "questions to 0.9 of the best gain",
+                  f"questions to the end of {baseline}"], rows)
+
+
+def by_step(runs):
+    """Means over ten steps, at the begin, in the middle and at the end, as cells."""
+    return [cell([run[i] for run in runs]) for i in (0, 2, 5) if i < len(runs[0])]
+
+
+TENS = [f"steps {i}-{i + 9}" for i in (1, 21, 51)]
 
 
 def rl_tables(results):
     yield "rl", curve_table(results, "rule-only")
-    yield "rl-auroc", table(["rewards", *[f"steps {i}-{i + 9}" for i in range(1, 60, 20)], "truncated at the end"], [
-        [name, *[cell([run[i] for run in r["prm_auroc"]]) for i in range(0, len(r["prm_auroc"][0]), 2)],
-         cell([run[-1] for run in r["truncated"]])] for name, r in results.items() if "prm_auroc" in r])
+    yield "rl-auroc", table(["rewards", *TENS, "truncated at the end"], [
+        [name, *by_step(r["prm_auroc"]), cell([run[-1] for run in r["truncated"]])] for name, r in results.items() if "prm_auroc" in r])
 
 
 def prime_tables(results):
     yield "prime", curve_table(results, "outcomes only")
-    yield "prime-pairs", table(["PRM", *[f"steps {i}-{i + 9}" for i in range(1, 60, 20)]], [
-        [name, *[cell([run[i] for run in results[name]["pair_accuracy"]]) for i in range(0, len(results[name]["pair_accuracy"][0]), 2)]]
-        for name in ("PRIME", "double forward", "offline PRM", "offline-trained PRM, online", "policy reference")
+    yield "prime-pairs", table(["PRM", *TENS], [
+        [name, *by_step(results[name]["pair_accuracy"])]
+        for name in ("PRIME", "double forward", "policy reference", "offline PRM", "offline-trained PRM, online")
         if "pair_accuracy" in results.get(name, ())])
 
 

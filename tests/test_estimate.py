@@ -9,6 +9,7 @@ import torch
 
 import estimate
 import memory
+import qrm_minimal as qrm
 import rl_minimal as rl
 import sft_minimal as sft
 import tdrm_minimal as tdrm
@@ -86,6 +87,18 @@ def test_options_of_a_script(capsys, monkeypatch):
     monkeypatch.delenv("RANK")
     with pytest.raises(BadInput, match="--batch_size 2: fewer rows"):
         estimate.from_options("tdrm", tdrm.Config(batch_size=2))
+
+
+def test_what_qrm_loads(monkeypatch):
+    """The reward model's training (Q-RM; DPO-RM beside its reference), and RL with it: policy, reward model, reference, critic."""
+    seen = []
+    monkeypatch.setattr(estimate, "report", lambda config, kind, cfg, world, dtype, card, others: seen.append(
+        (kind, estimate.head_of(kind, cfg), cfg.batch_size, [(head, trained) for _, head, trained in others])))
+    for options in {}, {"method": "dpo_rm"}, {"rl": "reinforce"}, {"rl": "ppo", "method": "dpo_rm", "kl_coef": 0.0}:
+        estimate.from_options("qrm_minimal.py", qrm.Config(**options))
+    value, policy, critic = ("value", False), ("policy", False), ("value", True)
+    assert seen == [("qrm", "value", 64, []), ("qrm", "policy", 64, [policy]), ("rl", "policy", 0, [value, policy]),
+                    ("rl", "policy", 0, [critic, policy, policy])]
 
 
 @pytest.mark.parametrize("options,message", [
