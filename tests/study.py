@@ -363,6 +363,7 @@ PRIME = {"outcomes only": OFF,
          "offline PRM": ["--update", "none", "--prm", "offline"],  # trained on the initial policy's samples
          "offline-trained PRM, online": ["--prm", "offline"],
          "policy reference": ["--reference", "policy"],
+         "policy reference, offline-trained PRM, online": ["--reference", "policy", "--prm", "offline"],
          "no filter": ["--accuracy", "0", "1"],
          "REINFORCE, outcomes": ["--estimator", "reinforce", *OFF], "REINFORCE, PRIME": ["--estimator", "reinforce"],
          "GRPO, outcomes": ["--estimator", "grpo", *OFF], "GRPO, PRIME": ["--estimator", "grpo"],
@@ -532,7 +533,8 @@ def prime_tables(results):
     yield "prime", curve_table(results, "outcomes only")
     yield "prime-pairs", table(["PRM", *TENS], [
         [name, *by_step(results[name]["pair_accuracy"])]
-        for name in ("PRIME", "double forward", "policy reference", "offline PRM", "offline-trained PRM, online")
+        for name in ("PRIME", "double forward", "offline PRM", "offline-trained PRM, online", "policy reference",
+                     "policy reference, offline-trained PRM, online")
         if "pair_accuracy" in results.get(name, ())])
 
 
@@ -556,7 +558,7 @@ def draw(results):
         figures.lines(at("budget"), "Greedy search (b = 8) by tokens spent on training data (95% intervals)",
                       {name: [(int(b), *spread(r["greedy"])) for b, r in rows.items()] for name, rows in results["budget"].items()},
                       "tokens sampled for data and labels", "accuracy", log_x=True)
-    some = ["outcomes only", "PRIME", "offline PRM", "offline-trained PRM, online", "control: shuffled over tokens", "control: process weight 0"]
+    some = ["outcomes only", "PRIME", "offline PRM", "policy reference", "policy reference, offline-trained PRM, online", "control: shuffled over tokens"]
     for name, runs, names in (("rl", results.get("rl", {}), list(RL)), ("prime", results.get("prime", {}), some),
                               ("qrm-rl", results.get("qrm", {}).get("rl", {}), None)):
         if runs:

@@ -286,3 +286,10 @@ def test_on_two_ranks(script, argv, message, place):
     ours, _, report = done.stderr.partition("torch.distributed.elastic")  # torchrun's report comes after it
     assert done.stderr.count(message) == 1 and "Traceback" not in ours.split(message)[0]
     assert done.stderr.count("exitcode") >= 1 and "SIGKILL" not in report  # the ranks ended by themselves
+
+
+def test_no_import_that_is_not_needed():
+    """A script's own imports are torch, numpy and tqdm; transformers comes with the first model, matplotlib with --plot."""
+    scripts = "sft_minimal, tdrm_minimal, search_minimal, rl_minimal, prime_minimal, qrm_minimal, estimate"
+    code = f"import sys, {scripts}; print([m for m in ('transformers', 'matplotlib', 'math_verify', 'torch._dynamo') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
