@@ -16,7 +16,8 @@ Before that, r is divided by the largest |sum_{s >= t} r_s| of the batch, so bet
 verify, keep questions with 20 to 80% right answers, score and update the PRM, update the policy (rl_minimal.py's loss).
 
 `--update after` (single forward) uses the rewards of the forward that is also trained on; `before` scores again with the
-updated PRM; `none` keeps it frozen. `--reference policy` takes the sampler's own log-probs for pi_ref: no third model.
+updated PRM; `none` keeps it frozen. `--reference policy` takes the sampler's own log-probs for pi_ref: no third model, and
+a reward that shrinks as the policy comes to agree with the PRM, so that it is harder to game (README, Results).
 The published code differs from the paper's equation by a factor K/(K-1) on deviations inside a response
 (`--estimator rloo_code`), and loses the process reward of the last token in one of its versions; we keep it.
 Left out: the dedicated EurusPRM's training recipe (start from any folder with --prm), code execution as a verifier.
