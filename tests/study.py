@@ -223,16 +223,18 @@ def solutions(args, kind, seed):
     return ["--data", write_rows(args, f"{kind}-{seed}", make), "--eval", held_out]
 
 
-def search_with(args, name, folders, *options):
-    """One search run over the reward models {name: folder} -> {(method, name, n): accuracy}."""
-    out = f"{args.place}/{name}"
-    size = ["--problems", "10", "--n", "4"] if args.quick else ["--problems", "500"]
-    run(args, [(out, ["search_minimal.py", "--model", policy(args), "--beam", "1", *options, *size, "--prm", *folders.values()])])
-    names = {re.sub("/model$", "", folder).split("/")[-1]: name for name, folder in folders.items()}
-    found = {}
-    for row in summary(out)["rows"]:
-        method, _, prm = row["method"].partition(", ")
-        found[method, names.get(prm, prm), row["n"]] = row["accuracy"]
+def search_with(args, name, folders, n):
+    """One search run a seed over its reward models {key: folder}; greedy search at b = 8 and n samples
+    -> for each seed {(method, key, samples): accuracy}."""
+    size = ["--problems", "10", "--n", "4"] if args.quick else ["--problems", "500", "--n", str(n)]
+    outs = [f"{args.place}/{name}-{s}" for s in range(args.seeds)]
+    run(args, [(out, ["search_minimal.py", "--model", policy(args), "--beam", "1", "--expand", "8", "--seed", str(s), *size,
+                      "--prm", *folders[s].values()]) for s, out in enumerate(outs)])
+    found = []
+    for s, out in enumerate(outs):
+        keys = {re.sub("/model$", "", folder).split("/")[-1]: key for key, folder in folders[s].items()}
+        rows = [(*row["method"].partition(", ")[::2], row["n"], row["accuracy"]) for row in summary(out)["rows"]]
+        found.append({(method, keys.get(prm, prm), count): accuracy for method, prm, count, accuracy in rows})
     return found
 
 
@@ -250,9 +252,8 @@ def sweep(args):
                                    "200" if args.quick else "8000", *(["--method", method] if method else []), *options]))
     run(args, commands)
     results = {}
-    for s in range(args.seeds):
-        folders = {key[:2]: f"{out}/model" for key, out in outs.items() if key[2] == s}
-        found = search_with(args, f"sweep-search-{s}", folders, "--n", "16", "--expand", "8", "--seed", str(s))
+    folders = [{key[:2]: f"{out}/model" for key, out in outs.items() if key[2] == s} for s in range(args.seeds)]
+    for s, found in enumerate(search_with(args, "sweep-search", folders, 16)):
         for name, method in settings:
             row = results.setdefault(f"{name}|{method}", {key: [] for key in ("greedy", "best-of-n", *MEASURES)})
             row["greedy"].append(found["greedy search 8", (name, method), 1])
@@ -322,9 +323,8 @@ def budget(args):
                                        "--eval_every", "0", "--seed", str(s), *(["--eval", held_out] if script == "tdrm" else []), *options]))
     run(args, commands)
     results = {name: {str(b): {"greedy": [], "best-of-n": []} for b in budgets} for name in LEARNERS}
-    for s in range(args.seeds):
-        found = search_with(args, f"budget-search-{s}", {key[:2]: f"{out}/model" for key, out in outs.items() if key[2] == s},
-                            "--n", "16", "--expand", "8", "--seed", str(s))
+    folders = [{key[:2]: f"{out}/model" for key, out in outs.items() if key[2] == s} for s in range(args.seeds)]
+    for found in search_with(args, "budget-search", folders, 16):
         for name, b in itertools.product(LEARNERS, budgets):
             results[name][str(b)]["greedy"].append(found["greedy search 8", (name, b), 1])
             results[name][str(b)]["best-of-n"].append(found["best-of-n", (name, b), 4 if args.quick else 16])
@@ -370,6 +370,7 @@ PRIME = {"outcomes only": OFF,
          "PPO, outcomes": ["--estimator", "ppo", *OFF], "PPO, PRIME": ["--estimator", "ppo"],
          "PRIME as value model": ["--estimator", "value"],
          "control: shuffled over tokens": ["--shuffle_process"],
+         "control: policy reference, offline-trained PRM, shuffled": ["--reference", "policy", "--prm", "offline", "--shuffle_process"],
          "control: process weight 0": ["--process_weight", "0"]}
 
 
@@ -423,7 +424,8 @@ def prime(args):
 
 KINDS = {"Q-RM": ["--method", "qrm"], "Q-RM, beta 0.2": ["--method", "qrm", "--beta", "0.2"], "ORM": ["--method", "orm"],
          "DPO-RM": ["--method", "dpo_rm"]}
-SHORT = ["--prompts_per_step", "16", "--steps", "100", "--eval_every", "10", "--lr", "2e-4", "--no-decay", *SOME, "--eval_problems", "300",
+SHORT = {"outcomes only": OFF, "PRIME": [], "policy reference": ["--reference", "policy"]}
+SHORT_LIMITS = ["--prompts_per_step", "16", "--steps", "100", "--eval_every", "10", "--lr", "2e-4", "--no-decay", *SOME, "--eval_problems", "300",
          "--show_every", "0", "--save_every", "0"]  # PRIME on the default level, where responses have half as many steps
 
 
@@ -432,25 +434,24 @@ def qrm(args):
     model, seeds = policy(args), range(args.seeds)
     small = ["--problems", "200", "--eval_problems", "60"] if args.quick else []
     outs = {(name, s): f"{args.place}/{slug(name)}-{s}" for s in seeds for name in KINDS}
-    short = {(name, s): f"{args.place}/short-{slug(name)}-{s}" for s in seeds for name in ("PRIME", "outcomes only")}
+    short = {(name, s): f"{args.place}/short-{slug(name)}-{s}" for s in seeds for name in SHORT}
     run(args, [(out, ["qrm_minimal.py", "--model", model, "--eval_every", "0", "--seed", str(s), *small, *KINDS[name]])
                for (name, s), out in outs.items()]
-        + [(out, ["prime_minimal.py", "--model", model, "--seed", str(s), *(SMALL[2:] if args.quick else SHORT), *(OFF if name != "PRIME" else [])])
+        + [(out, ["prime_minimal.py", "--model", model, "--seed", str(s), *(SMALL[2:] if args.quick else SHORT_LIMITS), *SHORT[name]])
            for (name, s), out in short.items()])
     tdrms = reward_models(args)
     results = {name: {"pair_accuracy": [], "first_wrong_step": [], "greedy": [], "best-of-n": []} for name in (*KINDS, "TDRM", "PRIME")}
-    for s in seeds:
-        folders = {name: outs[name, s] + "/model" for name in KINDS} | {"TDRM": tdrms["tdrm", s] + "/model"}
-        found = search_with(args, f"qrm-search-{s}", folders, "--n", "64", "--expand", "8", "--seed", str(s))
-        for name, folder in (folders | {"PRIME": short["PRIME", s] + "/prm"}).items():
+    folders = [{name: outs[name, s] + "/model" for name in KINDS} | {"TDRM": tdrms["tdrm", s] + "/model"} for s in seeds]
+    for s, found in enumerate(search_with(args, "qrm-search", folders, 64)):
+        for name, folder in (folders[s] | {"PRIME": short["PRIME", s] + "/prm"}).items():
             row = results[name]
             row["first_wrong_step"].append(first_wrong_step(args, folder, name))
-            if name in folders:
+            if name in folders[s]:
                 row["greedy"].append(found["greedy search 8", name, 1])
                 row["best-of-n"].append([found["best-of-n", name, n] for n in ((4,) if args.quick else (4, 8, 16, 32, 64))])
             if name in KINDS:
                 row["pair_accuracy"].append(summary(outs[name, s])["pair_accuracy"])
-    for name in ("PRIME", "outcomes only"):
+    for name in SHORT:
         results["short " + name] = {"curve": [curve(short[name, s]) for s in seeds]}
     return results | {"rl": qrm_rl(args)}
 
@@ -485,7 +486,7 @@ def qrm_tables(results):
                        [[name, *[cell(r[key]) if r[key] else "" for key in ("pair_accuracy", "first_wrong_step", "greedy")],
                          *[cell(column) for column in zip(*r["best-of-n"])]] for name, r in rows.items()])
     yield "qrm-rl", curve_table(results["rl"], "REINFORCE, ORM")
-    yield "prime-short", curve_table({name: results["short " + name] for name in ("outcomes only", "PRIME")}, "outcomes only")
+    yield "prime-short", curve_table({name: results["short " + name] for name in SHORT}, "outcomes only")
 
 
 def first_at(curve, accuracy):
