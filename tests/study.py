@@ -424,7 +424,8 @@ def prime(args):
 
 KINDS = {"Q-RM": ["--method", "qrm"], "Q-RM, beta 0.2": ["--method", "qrm", "--beta", "0.2"], "ORM": ["--method", "orm"],
          "DPO-RM": ["--method", "dpo_rm"]}
-SHORT = {"outcomes only": OFF, "PRIME": [], "policy reference": ["--reference", "policy"]}
+SHORT = {"outcomes only": OFF, "PRIME": [], "policy reference": ["--reference", "policy"],
+         "policy reference, another seed's PRM": ["--reference", "policy", "--prm", "another"]}
 SHORT_LIMITS = ["--prompts_per_step", "16", "--steps", "100", "--eval_every", "10", "--lr", "2e-4", "--no-decay", *SOME, "--eval_problems", "300",
          "--show_every", "0", "--save_every", "0"]  # PRIME on the default level, where responses have half as many steps
 
@@ -436,9 +437,12 @@ def qrm(args):
     outs = {(name, s): f"{args.place}/{slug(name)}-{s}" for s in seeds for name in KINDS}
     short = {(name, s): f"{args.place}/short-{slug(name)}-{s}" for s in seeds for name in SHORT}
     run(args, [(out, ["qrm_minimal.py", "--model", model, "--eval_every", "0", "--seed", str(s), *small, *KINDS[name]])
-               for (name, s), out in outs.items()]
-        + [(out, ["prime_minimal.py", "--model", model, "--seed", str(s), *(SMALL[2:] if args.quick else SHORT_LIMITS), *SHORT[name]])
-           for (name, s), out in short.items()])
+               for (name, s), out in outs.items()])
+    for later in (False, True):  # a PRM that is trained is one that PRIME has trained, under another seed
+        trained = {s: short["PRIME", (s + 1) % args.seeds] + "/prm" for s in seeds}
+        run(args, [(out, ["prime_minimal.py", "--model", model, "--seed", str(s), *(SMALL[2:] if args.quick else SHORT_LIMITS),
+                          *[trained[s] if o == "another" else o for o in SHORT[name]]])
+                   for (name, s), out in short.items() if ("another" in SHORT[name]) == later])
     tdrms = reward_models(args)
     results = {name: {"pair_accuracy": [], "first_wrong_step": [], "greedy": [], "best-of-n": []} for name in (*KINDS, "TDRM", "PRIME")}
     folders = [{name: outs[name, s] + "/model" for name in KINDS} | {"TDRM": tdrms["tdrm", s] + "/model"} for s in seeds]
