@@ -411,7 +411,7 @@ def reward_models_hard(args):
 def rl(args):
     reward_models_hard(args)
     paths = {m: f"{args.place}/{m}-hard/model" for m in ("tdrm", "scalar_prm")}
-    return curves(args, "rl_minimal.py", {name: [paths.get(o, o) for o in options] for name, options in RL.items()}, "rl")
+    return curves(args, "rl_minimal.py", {name: [paths.get(o, o) for o in options] for name, options in RL.items()}, "rl", ["--lr", "3e-4"])
 
 
 def prime(args):
@@ -489,7 +489,7 @@ def qrm_tables(results):
                         *[f"best-of-{n}" for n in (4, 8, 16, 32, 64)]],
                        [[name, *[cell(r[key]) if r[key] else "" for key in ("pair_accuracy", "first_wrong_step", "greedy")],
                          *[cell(column) for column in zip(*r["best-of-n"])]] for name, r in rows.items()])
-    yield "qrm-rl", curve_table(results["rl"], "REINFORCE, ORM")
+    yield "qrm-rl", curve_table(results["rl"], "REINFORCE, ORM", rising=False)
     yield "prime-short", curve_table({name: results["short " + name] for name in SHORT}, "outcomes only")
 
 
@@ -501,9 +501,9 @@ def first_at(curve, accuracy):
     return None
 
 
-def curve_table(results, baseline):
-    """Final accuracies; the gain over a baseline, paired by seed; questions until 0.9 of the table's best gain, and until the
-    baseline's own final accuracy, among the seeds that get there."""
+def curve_table(results, baseline, rising=True):
+    """Final accuracies; the gain over a baseline, paired by seed; questions until 0.9 of the table's best gain, and, where the
+    baseline is `rising`, until its own final accuracy; means over the seeds that get there."""
     best = max(np.mean([c[-1][1] for c in r["curve"]]) for r in results.values())
     begin = np.mean([c[0][1] for r in results.values() for c in r["curve"]])
     rows = []
@@ -511,13 +511,13 @@ def curve_table(results, baseline):
         finals = [c[-1][1] for c in r["curve"]]
         base = [c[-1][1] for c in results.get(baseline, r)["curve"]]
         reach = []
-        for goals in ([begin + 0.9 * (best - begin)] * len(finals), base):
+        for goals in [[begin + 0.9 * (best - begin)] * len(finals), base][:1 + rising]:
             hit = [x for x in map(first_at, r["curve"], goals) if x is not None]
             reach.append(f"{np.mean(hit):.0f} ({len(hit)}/{len(finals)})" if hit else f"never (0/{len(finals)})")
         rows.append([name, cell(finals), cell([c[-1][2] for c in r["curve"]]),
                      "" if name == baseline else cell([x - y for x, y in zip(finals, base)]), *reach])
     return table(["rewards", "pass@1", "greedy", f"pass@1 minus {baseline}", "questions to 0.9 of the best gain",
-                  f"questions to the end of {baseline}"], rows)
+                  f"questions to the end of {baseline}"][:5 + rising], rows)
 
 
 def by_step(runs):
