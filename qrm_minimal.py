@@ -22,7 +22,8 @@ RL with the frozen reward model, which reads the policy's own tokens: r_t is z_t
 the arbitrary level). ORM: z of the last token, at all tokens.                                  token_rewards
 From that comes --kl_coef (log pi - log pi_0)(y_t), pi_0 the initial policy: a frozen reward model can only rate what it has
 seen, and without a tight leash the policy leaves that ground (here: copies easier sums than the question has). In these
-units, of 0.1, 0.3 and 1, only 1 held a policy with a DPO-RM on the built-in task; the released PPO takes 0.01 of the absolute value, at a lr of 5e-6.
+units, of 0.1, 0.3 and 1, only 1 held a policy with a DPO-RM on the built-in task; the released PPO takes 0.01 of the
+absolute value, at a lr of 5e-6.
     --rl reinforce    A_t = r_t: a Q value is a return already; the last token's is the response's mean
     --rl ppo          Q-RM: A_t = r_t - value_coef V(s_t), V trained towards r_t; ORM (r on the last token only) and
                       DPO-RM: generalised advantage estimation. V(s_t) is read before y_t is known
@@ -393,7 +394,8 @@ def train_policy(cfg, env):
             "rm_auroc": tdrm.auroc(whole, verifiable), "score_mean": q[mask].mean().item(), "score_std": q[mask].std().item()}
         rewards = token_rewards(q, mask, method, cfg.centre)
         if ref:
-            logratio = prime.stack([row["old_logprobs"] for row in rows])[0] - prime.stack(rl.score_logprobs(ref, rows, cfg, env, pad_id))[0]
+            initial = rl.score_logprobs(ref, rows, cfg, env, pad_id)
+            logratio = prime.stack([row["old_logprobs"] - lp for row, lp in zip(rows, initial)])[0]
             rewards, metrics["kl"] = rewards - cfg.kl_coef * logratio, logratio[mask].mean().item()
         if critic:
             values, _ = prime.stack(prime.critic_values(critic, rows, env, pad_id))
