@@ -2,6 +2,8 @@
 
     tdrm    ScalarORM, ScalarPRM and TDRM on held-out built-in solutions: smoothness, AUROC, calibration, first error
     search  greedy search and best-of-n on 1000 held-out built-in problems with those reward models
+    sweep   what a TDRM and a ScalarPRM depend on: targets, label noise, amount of data
+    budget  search accuracy against the tokens spent on training data, for every kind of reward model
     rl      rule-only, blended and PRM-only rewards on the hard level
     prime   PRIME against outcomes only, its design choices, and controls, on the hard level
     qrm     Q-RM, ORM and DPO-RM: pairs, best-of-n, and RL on the hard level
@@ -210,6 +212,10 @@ def write_rows(args, name, make):
     return path
 
 
+def held_out(args):
+    return write_rows(args, "held-out", lambda: data.make_trajectories(data.make_problems(1000, "test"), 2, 4, seed=1))
+
+
 def solutions(args, kind, seed):
     """Options for training on solutions with flipped labels, or of a student whose habits the policy does not have."""
     def make():
@@ -219,8 +225,7 @@ def solutions(args, kind, seed):
         for row in rows if kind != "other" else []:
             row["labels"][:-1] = [1 - x if rng.random() < float(kind.removeprefix("flip")) else x for x in row["labels"][:-1]]
         return rows
-    held_out = write_rows(args, "held-out", lambda: data.make_trajectories(data.make_problems(1000, "test"), 2, 4, seed=1))
-    return ["--data", write_rows(args, f"{kind}-{seed}", make), "--eval", held_out]
+    return ["--data", write_rows(args, f"{kind}-{seed}", make), "--eval", held_out(args)]
 
 
 def search_with(args, name, folders, n):
@@ -308,7 +313,6 @@ def spend(budget, kind, seed):
 def budget(args):
     """Each learner at each budget: greedy search (b = 8) and best-of-16."""
     budgets = [b // 100 for b in BUDGETS[:2]] if args.quick else BUDGETS
-    held_out = write_rows(args, "held-out", lambda: data.make_trajectories(data.make_problems(1000, "test"), 2, 4, seed=1))
     outs, commands = {}, []
     for s, b, kind in itertools.product(range(args.seeds), budgets, ("steps", "outcomes")):
         path = write_rows(args, f"{kind}-{b}-{s}", lambda: spend(b, kind, s))
@@ -320,7 +324,7 @@ def budget(args):
                 files = ["--data", path] if script == "tdrm" else ["--pairs_from", path]
                 out = outs[name, b, s] = f"{args.place}/budget-{slug(name)}-{b}-{s}"
                 commands.append((out, [f"{script}_minimal.py", "--model", policy(args), *files, "--steps", "4" if args.quick else str(steps),
-                                       "--eval_every", "0", "--seed", str(s), *(["--eval", held_out] if script == "tdrm" else []), *options]))
+                                       "--eval_every", "0", "--seed", str(s), *(["--eval", held_out(args)] if script == "tdrm" else []), *options]))
     run(args, commands)
     results = {name: {str(b): {"greedy": [], "best-of-n": []} for b in budgets} for name in LEARNERS}
     folders = [{key[:2]: f"{out}/model" for key, out in outs.items() if key[2] == s} for s in range(args.seeds)]
@@ -469,7 +473,7 @@ def first_wrong_step(args, folder, kind):
 
 
 def qrm_rl(args):
-    """REINFORCE and PPO with a reward model of each kind, trained on one set of pairs from the hard level's policy."""
+    """REINFORCE and PPO with a reward model of each kind, trained on one set of pairs of the hard level's student solutions."""
     model, place = policy(args, "builtin-hard"), args.place
     level, count = "builtin-hard", 60 if args.quick else 5000
     samples = write_rows(args, "samples-hard", lambda: data.make_trajectories(data.make_problems(count, "train", 7, level), 8, seed=7, level=level))

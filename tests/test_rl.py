@@ -824,7 +824,7 @@ def test_kl_term_pulls_back_to_the_initial_policy(home, tmp_path):
     """The reference is the initial policy also in a resumed run: a strong pull keeps the policy nearer to it."""
     def distance(kl_coef):
         out = tmp_path / str(kl_coef)
-        options = settings(home, out, kl_coef=kl_coef, lr=3e-3, alpha=1.0, steps=6)
+        options = settings(home, out, kl_coef=kl_coef, lr=3e-3, alpha=1.0, steps=6, decay=False)
         run(1, tmp_path, options, (at_step, 3, signal.SIGTERM))
         run(1, tmp_path, {**options, "resume": True})
         folders = out / "model", home / "policy"
@@ -832,7 +832,7 @@ def test_kl_term_pulls_back_to_the_initial_policy(home, tmp_path):
         rows = rolled_out(policy)
         p, q = (np.concatenate(rl.score_logprobs(m, rows, CFG, Env(), PAD)) for m in (policy, start))
         return rl.kl_divergence(torch.from_numpy(p), torch.from_numpy(q)).mean().item()
-    assert distance(10.0) < 0.7 * distance(0.0)
+    assert distance(10.0) < 0.5 * distance(0.0)
 
 
 def test_fewer_questions_than_a_step_wants(home, tmp_path, monkeypatch):
