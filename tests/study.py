@@ -6,12 +6,15 @@
     budget  search accuracy against the tokens spent on training data, for every kind of reward model
     rl      rule-only, blended and PRM-only rewards on the hard level
     prime   PRIME against outcomes only, its design choices, and controls, on the hard level
-    qrm     Q-RM, ORM and DPO-RM: pairs, best-of-n, and RL on the hard level
+    prime-short   four of its rows on the default level
+    qrm     Q-RM, ORM and DPO-RM, TDRM beside them: pairs, first wrong steps, greedy search and best-of-n
+    qrm-rl  RL with a Q-RM, an ORM or a DPO-RM and no verifier, on the hard level
 
 Every run is a run of the project's own scripts with its own --seed, kept in runs/study and not repeated while its
 summary.json is there: a stopped study goes on where it was. All figures go to results.json, and from there into the
-README, between <!-- study:NAME --> and <!-- end -->, and into figures/. Cells are mean ± half a 95% interval (Student's t) over the seeds.
-`--quick` runs everything small, in runs/quick, and changes neither file.
+README, between <!-- study:NAME --> and <!-- end -->, and into figures/. Cells are mean ± half a 95% interval (Student's
+t) over the seeds. Rows in MORE need --more: without them the study takes under two hours on two cores. `--quick` runs
+everything small, in runs/quick, and changes neither file.
 """
 import argparse
 import concurrent.futures
@@ -24,6 +27,7 @@ import random
 import re
 import runpy
 import sys
+import zlib
 
 import numpy as np
 import torch
@@ -39,6 +43,11 @@ import tdrm_minimal  # noqa: E402
 from plumbing import Env  # noqa: E402
 from scorers import load_scorer  # noqa: E402
 
+MORE = {"TDRM, lambda 0.9", "TDRM, gamma 0.6", "outcomes only, TDRM n = 3", "2 rollouts", "15% of the labels flipped",  # of sweep
+        "ScalarPRM blend", "TDRM blend, on-policy", "PRM-only, on-policy",  # of rl
+        "double forward", "offline-trained PRM, online", "no filter", "REINFORCE, outcomes", "REINFORCE, PRIME", "GRPO, outcomes", "GRPO, PRIME",
+        "PPO, outcomes", "PPO, PRIME", "PRIME as value model", "control: shuffled over tokens", "control: process weight 0",
+        "PPO, Q-RM", "PPO, ORM", "PPO, DPO-RM", "Q-RM, beta 0.2"}
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t at 97.5%, by number of seeds
 
 
@@ -85,6 +94,12 @@ def summary(out):
 def metrics(out):
     with open(os.path.join(ROOT, out, "metrics.jsonl")) as f:
         return [json.loads(line) for line in f]
+
+
+def chosen(args, settings):
+    """Of the settings {row: options} those to run now."""
+    return {name: options for name, options in settings.items()
+            if (name in args.settings if args.settings else args.more or name not in MORE)}
 
 
 def slug(name):
@@ -193,11 +208,10 @@ TARGETS = {"ScalarPRM": ["--method", "scalar_prm"],
            "TDRM, rewards +-0.5 constant": ["--correct", "0.5", "0.5", "--wrong", "-0.5", "-0.5"],
            "TDRM, no step rewards": ["--correct", "0", "0", "--wrong", "0", "0", "--gamma", "1"],
            "outcomes only, TDRM n = 3": ["--label_rollouts", "0"],
-           "outcomes only, TDRM lambda 1": ["--label_rollouts", "0", "--lam", "1"],
-           "outcomes only, ScalarORM": ["--method", "scalar_orm"]}
+           "outcomes only, TDRM lambda 1": ["--label_rollouts", "0", "--lam", "1"]}
 CONDITIONS = {"1 rollout a label": ["--label_rollouts", "1"], "2 rollouts": ["--label_rollouts", "2"], "4 rollouts": [],
               "8 rollouts": ["--label_rollouts", "8"], "15% of the labels flipped": "flip0.15", "30% flipped": "flip0.3",
-              "8,000 trajectories": ["--problems", "2000"], "another student's solutions": "other"}
+              "another student's solutions": "other"}
 
 
 def write_rows(args, name, make):
@@ -232,7 +246,8 @@ def search_with(args, name, folders, n):
     """One search run a seed over its reward models {key: folder}; greedy search at b = 8 and n samples
     -> for each seed {(method, key, samples): accuracy}."""
     size = ["--problems", "10", "--n", "4"] if args.quick else ["--problems", "500", "--n", str(n)]
-    outs = [f"{args.place}/{name}-{s}" for s in range(args.seeds)]
+    which = zlib.crc32(repr(sorted(folders[0])).encode())  # a run over other reward models is another run
+    outs = [f"{args.place}/{name}-{which:08x}-{s}" for s in range(args.seeds)]
     run(args, [(out, ["search_minimal.py", "--model", policy(args), "--beam", "1", "--expand", "8", "--seed", str(s), *size,
                       "--prm", *folders[s].values()]) for s, out in enumerate(outs)])
     found = []
@@ -245,8 +260,9 @@ def search_with(args, name, folders, n):
 
 def sweep(args):
     """Every setting under every seed: its measures, and greedy search (b = 8) and best-of-16 with it."""
-    settings = {(name, ""): options for name, options in TARGETS.items()}
-    settings |= {(name, method): options for name, options in CONDITIONS.items() for method in ("scalar_prm", "tdrm") if options}
+    settings = {(name, ""): options for name, options in chosen(args, TARGETS).items()}
+    settings |= {(name, method): options for name, options in chosen(args, CONDITIONS).items() if options
+                 for method in ("scalar_prm", "tdrm")}
     settings = {key: settings[key] for key in list(settings)[::5]} if args.quick else settings
     outs, commands = {}, []
     for s in range(args.seeds):
@@ -286,7 +302,7 @@ def sweep_tables(results):
 # --------------------------------------------------------------------------------------------------
 # With a labelling budget, which reward model should I train?
 
-BUDGETS = (200_000, 800_000, 3_200_000)  # tokens sampled to make the training data, labels included
+BUDGETS = (100_000, 400_000, 1_600_000)  # tokens sampled to make the training data, labels included
 LEARNERS = {"ScalarPRM, step labels": ("steps", "tdrm", ["--method", "scalar_prm"]),
             "TDRM, step labels": ("steps", "tdrm", []),
             "TDRM, outcomes": ("outcomes", "tdrm", ["--lam", "1"]),
@@ -319,8 +335,8 @@ def budget(args):
         with open(os.path.join(ROOT, path)) as f:
             rows = sum(1 for _ in f)
         for name, (wanted, script, options) in LEARNERS.items():
-            if wanted == kind:  # at most 64,000 responses and four passes
-                steps = max(50, min(1000, 4 * rows // 64)) if script == "tdrm" else max(50, min(500, 2 * rows // 64))
+            if wanted == kind:  # at most four passes, and half as many steps as by default
+                steps = max(50, min(500, 4 * rows // 64)) if script == "tdrm" else max(50, min(250, 2 * rows // 64))
                 files = ["--data", path] if script == "tdrm" else ["--pairs_from", path]
                 out = outs[name, b, s] = f"{args.place}/budget-{slug(name)}-{b}-{s}"
                 commands.append((out, [f"{script}_minimal.py", "--model", policy(args), *files, "--steps", "4" if args.quick else str(steps),
@@ -381,7 +397,7 @@ PRIME = {"outcomes only": OFF,
 def curves(args, script, settings, prefix, common=()):
     """Runs of an RL script under every setting and seed -> {setting: {"curve": per seed [[questions, pass@1, greedy]], ...}}."""
     size, model = SMALL if args.quick else LIMITS, policy(args, "builtin-hard")
-    settings = {name: options for name, options in settings.items() if name in (args.settings or settings)}
+    settings = chosen(args, settings)
     settings = dict(list(settings.items())[:4]) if args.quick else settings
     outs = {(name, s): f"{args.place}/{prefix}-{slug(name)}-{s}" for s in range(args.seeds) for name in settings}
     run(args, [(out, [script, "--model", model, *size, "--seed", str(s), *common, *settings[name]])
@@ -426,47 +442,58 @@ def prime(args):
                                              for name, options in PRIME.items()}, "prime", SOME)
 
 
-KINDS = {"Q-RM": ["--method", "qrm"], "Q-RM, beta 0.2": ["--method", "qrm", "--beta", "0.2"], "ORM": ["--method", "orm"],
-         "DPO-RM": ["--method", "dpo_rm"]}
 SHORT = {"outcomes only": OFF, "PRIME": [], "policy reference": ["--reference", "policy"],
          "policy reference, another seed's PRM": ["--reference", "policy", "--prm", "another"]}
-SHORT_LIMITS = ["--prompts_per_step", "16", "--steps", "100", "--eval_every", "10", "--lr", "2e-4", "--no-decay", *SOME, "--eval_problems", "300",
-         "--show_every", "0", "--save_every", "0"]  # PRIME on the default level, where responses have half as many steps
+SHORT_LIMITS = ["--prompts_per_step", "16", "--steps", "100", "--eval_every", "10", "--lr", "2e-4", "--no-decay", *SOME,
+                "--eval_problems", "300", "--show_every", "0", "--save_every", "0"]
+
+
+def short_runs(args):
+    """PRIME on the default level, where responses have half as many steps -> {(name, seed): folder}."""
+    outs = {(name, s): f"{args.place}/short-{slug(name)}-{s}" for s in range(args.seeds) for name in SHORT}
+    for later in (False, True):  # a PRM that is trained is one that PRIME has trained, under another seed
+        trained = {s: outs["PRIME", (s + 1) % args.seeds] + "/prm" for s in range(args.seeds)}
+        run(args, [(out, ["prime_minimal.py", "--model", policy(args), "--seed", str(s), *(SMALL[2:] if args.quick else SHORT_LIMITS),
+                          *[trained[s] if o == "another" else o for o in SHORT[name]]])
+                   for (name, s), out in outs.items() if ("another" in SHORT[name]) == later])
+    return outs
+
+
+def prime_short(args):
+    outs = short_runs(args)
+    return {name: {"curve": [curve(outs[name, s]) for s in range(args.seeds)]} for name in SHORT}
+
+
+KINDS = {"Q-RM": ["--method", "qrm"], "Q-RM, beta 0.2": ["--method", "qrm", "--beta", "0.2"], "ORM": ["--method", "orm"],
+         "DPO-RM": ["--method", "dpo_rm"]}
 
 
 def qrm(args):
-    """Reward models from pairs on the default level: pairs, best-of-n, first wrong step; and RL with them on the hard level."""
-    model, seeds = policy(args), range(args.seeds)
+    """Reward models from pairs on the default level, and TDRM and PRIME's: pairs, best-of-n, first wrong step."""
+    seeds, kinds = range(args.seeds), chosen(args, KINDS)
     small = ["--problems", "200", "--eval_problems", "60"] if args.quick else []
-    outs = {(name, s): f"{args.place}/{slug(name)}-{s}" for s in seeds for name in KINDS}
-    short = {(name, s): f"{args.place}/short-{slug(name)}-{s}" for s in seeds for name in SHORT}
-    run(args, [(out, ["qrm_minimal.py", "--model", model, "--eval_every", "0", "--seed", str(s), *small, *KINDS[name]])
+    outs = {(name, s): f"{args.place}/{slug(name)}-{s}" for s in seeds for name in kinds}
+    run(args, [(out, ["qrm_minimal.py", "--model", policy(args), "--eval_every", "0", "--seed", str(s), *small, *kinds[name]])
                for (name, s), out in outs.items()])
-    for later in (False, True):  # a PRM that is trained is one that PRIME has trained, under another seed
-        trained = {s: short["PRIME", (s + 1) % args.seeds] + "/prm" for s in seeds}
-        run(args, [(out, ["prime_minimal.py", "--model", model, "--seed", str(s), *(SMALL[2:] if args.quick else SHORT_LIMITS),
-                          *[trained[s] if o == "another" else o for o in SHORT[name]]])
-                   for (name, s), out in short.items() if ("another" in SHORT[name]) == later])
-    tdrms = reward_models(args)
-    results = {name: {"pair_accuracy": [], "first_wrong_step": [], "greedy": [], "best-of-n": []} for name in (*KINDS, "TDRM", "PRIME")}
-    folders = [{name: outs[name, s] + "/model" for name in KINDS} | {"TDRM": tdrms["tdrm", s] + "/model"} for s in seeds]
+    tdrms, primes = reward_models(args), short_runs(args)
+    rows = data.make_trajectories(data.make_problems(60 if args.quick else 500, "test"), 2, seed=1)
+    results = {name: {"pair_accuracy": [], "first_wrong_step": [], "greedy": [], "best-of-n": []} for name in (*kinds, "TDRM", "PRIME")}
+    folders = [{name: outs[name, s] + "/model" for name in kinds} | {"TDRM": tdrms["tdrm", s] + "/model"} for s in seeds]
     for s, found in enumerate(search_with(args, "qrm-search", folders, 64)):
-        for name, folder in (folders[s] | {"PRIME": short["PRIME", s] + "/prm"}).items():
+        for name, folder in (folders[s] | {"PRIME": primes["PRIME", s] + "/prm"}).items():
             row = results[name]
-            row["first_wrong_step"].append(first_wrong_step(args, folder, name))
+            row["first_wrong_step"].append(first_wrong_step(folder, name, rows))
             if name in folders[s]:
                 row["greedy"].append(found["greedy search 8", name, 1])
                 row["best-of-n"].append([found["best-of-n", name, n] for n in ((4,) if args.quick else (4, 8, 16, 32, 64))])
-            if name in KINDS:
+            if name in kinds:
                 row["pair_accuracy"].append(summary(outs[name, s])["pair_accuracy"])
-    for name in SHORT:
-        results["short " + name] = {"curve": [curve(short[name, s]) for s in seeds]}
-    return results | {"rl": qrm_rl(args)}
+    return results
 
 
-def first_wrong_step(args, folder, kind):
-    """AUROC of "this is the first wrong step" from the fall of the reward model's value there, on held-out solutions."""
-    examples, values = step_values(folder, data.make_trajectories(data.make_problems(60 if args.quick else 500, "test"), 2, seed=1))
+def first_wrong_step(folder, kind, rows):
+    """AUROC of "this is the first wrong step" from the fall of the reward model's value there."""
+    examples, values = step_values(folder, rows)
     if kind in ("PRIME", "DPO-RM"):  # a sum of log-ratios is no probability
         values = [torch.logit(torch.tensor(v), eps=1e-7).tolist() for v in values]
     return qrm_minimal.localisation_auroc(values, [e["first_error"] for e in examples])
@@ -474,27 +501,20 @@ def first_wrong_step(args, folder, kind):
 
 def qrm_rl(args):
     """REINFORCE and PPO with a reward model of each kind, trained on one set of pairs of the hard level's student solutions."""
-    model, place = policy(args, "builtin-hard"), args.place
+    model, names = policy(args, "builtin-hard"), {"Q-RM": "qrm", "ORM": "orm", "DPO-RM": "dpo_rm"}
     level, count = "builtin-hard", 60 if args.quick else 5000
     samples = write_rows(args, "samples-hard", lambda: data.make_trajectories(data.make_problems(count, "train", 7, level), 8, seed=7, level=level))
-    run(args, [(f"{place}/{m}-hard", ["qrm_minimal.py", "--model", model, "--method", m, "--eval_every", "0", "--pairs_from",
-                                      samples, "--seed", "0"]) for m in ("qrm", "orm", "dpo_rm")])
-    names = {"Q-RM": "qrm", "ORM": "orm", "DPO-RM": "dpo_rm"}
-    results = curves(args, "qrm_minimal.py", {f"{how}, {name}": ["--rl", how.lower(), "--rm", f"{place}/{m}-hard/model"]
-                                              for how in ("REINFORCE", "PPO") for name, m in names.items()}, "qrm-rl")
-    for name, m in names.items():
-        results[f"REINFORCE, {name}"]["pair_accuracy"] = summary(f"{place}/{m}-hard")["pair_accuracy"]
-    return results
+    run(args, [(f"{args.place}/{m}-hard", ["qrm_minimal.py", "--model", model, "--method", m, "--eval_every", "0", "--pairs_from",
+                                           samples, "--seed", "0"]) for m in names.values()])
+    return curves(args, "qrm_minimal.py", {f"{how}, {name}": ["--rl", how.lower(), "--rm", f"{args.place}/{m}-hard/model"]
+                                           for how in ("REINFORCE", "PPO") for name, m in names.items()}, "qrm-rl")
 
 
 def qrm_tables(results):
-    rows = {name: r for name, r in results.items() if "greedy" in r}
     yield "qrm", table(["reward model", "pair accuracy", "AUROC of the first wrong step", "greedy search, b = 8",
                         *[f"best-of-{n}" for n in (4, 8, 16, 32, 64)]],
                        [[name, *[cell(r[key]) if r[key] else "" for key in ("pair_accuracy", "first_wrong_step", "greedy")],
-                         *[cell(column) for column in zip(*r["best-of-n"])]] for name, r in rows.items()])
-    yield "qrm-rl", curve_table(results["rl"], "REINFORCE, ORM", rising=False)
-    yield "prime-short", curve_table({name: results["short " + name] for name in SHORT}, "outcomes only")
+                         *([cell(column) for column in zip(*r["best-of-n"])] or [""] * 5)] for name, r in results.items()])
 
 
 def first_at(curve, accuracy):
@@ -569,7 +589,7 @@ def draw(results):
                       "tokens sampled for data and labels", "accuracy", log_x=True)
     some = ["outcomes only", "PRIME", "offline PRM", "policy reference", "policy reference, offline-trained PRM, online", "control: shuffled over tokens"]
     for name, runs, names in (("rl", results.get("rl", {}), list(RL)), ("prime", results.get("prime", {}), some),
-                              ("qrm-rl", results.get("qrm", {}).get("rl", {}), None)):
+                              ("qrm-rl", results.get("qrm-rl", {}), None)):
         if runs:
             figures.lines(at(name), "Held-out pass@1, hard level (95% intervals)",
                           {key: [(points[0][0], *spread([p[1] for p in points])) for points in zip(*r["curve"])] for key, r in runs.items()
@@ -577,7 +597,8 @@ def draw(results):
 
 
 PARTS = {"tdrm": (tdrm, tdrm_tables), "search": (search, search_tables), "sweep": (sweep, sweep_tables), "budget": (budget, budget_tables),
-         "rl": (rl, rl_tables), "prime": (prime, prime_tables), "qrm": (qrm, qrm_tables)}
+         "rl": (rl, rl_tables), "prime": (prime, prime_tables), "prime-short": (prime_short, lambda results: [("prime-short", curve_table(results, "outcomes only"))]),
+         "qrm": (qrm, qrm_tables), "qrm-rl": (qrm_rl, lambda results: [("qrm-rl", curve_table(results, "REINFORCE, ORM", rising=False))])}
 
 
 def write_readme(results):
@@ -597,7 +618,8 @@ def main():
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; none: all, or `readme`: only write the tables again")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--settings", nargs="+", help="of rl and prime: only these rows of the table")
+    parser.add_argument("--more", action="store_true", help="also the rows that take it past two hours")
+    parser.add_argument("--settings", nargs="+", help="of sweep, rl, prime and qrm: only these rows of the tables")
     parser.add_argument("--quick", action="store_true", help="everything small: shows that it runs")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS) - {"readme"}:
@@ -610,7 +632,7 @@ def main():
     for part in args.parts or PARTS:
         if part in PARTS:
             new = PARTS[part][0](args)
-            results[part] = results.get(part, {}) | new if args.settings else new
+            results[part] = results.get(part, {}) | new  # rows that were not run now stay
             for name, lines in PARTS[part][1](results[part]):
                 print(f"\n{name}\n{lines}", flush=True)
             if not args.quick:
