@@ -56,12 +56,15 @@ ESTIMATORS = ("rloo", "rloo_code", "reinforce", "grpo", "ppo", "value")
 class Config(rl.RLConfig):
     steps: int = opt(300, "steps: one round of sampling, scoring and updating each", low=1)
     prm: str = opt("", "what the implicit PRM starts from; empty: the initial policy; none: outcomes only, no PRM at all")
-    reference: str = opt("sft", "pi_ref: the initial policy (or what --prm has in reference/), or the current one", choices=("sft", "policy"))
-    update: str = opt("after", "the PRM's step comes after its rewards are read, before, or never", choices=("after", "before", "none"))
+    reference: str = opt("sft", "pi_ref: the initial policy (or what --prm has in reference/), or the current one",
+                         choices=("sft", "policy"))
+    update: str = opt("after", "the PRM's step comes after its rewards are read, before, or never",
+                      choices=("after", "before", "none"))
     granularity: str = opt("token", "a reward for every token, or their sum on the last", choices=("token", "whole"))
     estimator: str = opt("rloo", "of the advantages; value: the PRM as value model", choices=ESTIMATORS)
     beta: float = opt(0.5, "scale of the log-ratio in the PRM's loss (the paper: 0.05, for responses 50 times as long)", low=0)
-    norm: str = opt("batch", "process rewards: divided by the batch's largest return, or as they are", choices=("batch", "none"))
+    norm: str = opt("batch", "process rewards: divided by the batch's largest return, or as they are",
+                    choices=("batch", "none"))
     process_weight: float = opt(1.0, "weight of the process rewards' stream; 0: trained, not used", low=0)
     outcome_weight: float = opt(1.0, "weight of the outcomes' stream", low=0)
     gamma: float = opt(1.0, "discount of both streams", low=0, high=1)
@@ -325,8 +328,10 @@ def main(cfg, env):
     for step in range(start, cfg.steps):
         # 2) K responses to each question, verified; questions that are too easy or too hard are left out.
         clock = [time.time()]
-        rows = rl.rollout(model, tokenizer, [problems[i] for i in next(order)], range(step * sampled, (step + 1) * sampled), cfg, env)
-        metrics = rl.rollout_metrics(rows, torch.tensor([row["verifiable"] for row in rows]), cfg.group_size)  # before the filter
+        asked, keys = [problems[i] for i in next(order)], range(step * sampled, (step + 1) * sampled)
+        rows = rl.rollout(model, tokenizer, asked, keys, cfg, env)
+        verifiable = torch.tensor([row["verifiable"] for row in rows])
+        metrics = rl.rollout_metrics(rows, verifiable, cfg.group_size)  # before the filter
         kept = accuracy_filter(rows, cfg.group_size, cfg.accuracy, cfg.prompts_per_step)
         metrics["kept"] = len(kept) / len(rows)
         clock.append(time.time())
@@ -366,7 +371,8 @@ def main(cfg, env):
     summary = rl.finish(cfg, env, model, tokenizer, held_out, start_time, skipped, **others)
     if env.rank == 0 and prm:  # the reward model is the pair
         sft.save_model(os.path.join(cfg.out, "prm", "reference"), ref or model, tokenizer)
-        sft.write_json(os.path.join(cfg.out, "prm", "reward.json"), {"kind": "implicit", "beta": cfg.beta, "temperature": cfg.temperature})
+        sft.write_json(os.path.join(cfg.out, "prm", "reward.json"),
+                       {"kind": "implicit", "beta": cfg.beta, "temperature": cfg.temperature})
     sft.barrier(env)
     return summary
 
@@ -384,7 +390,8 @@ def show_rewards(env, tokenizer, row, process):
     ids = row["input_ids"][row["prompt_length"]:]
     largest = process.abs().max().item() + 1e-9
     parts = [f"{tokenizer.decode([i])!r} {reward / largest:+.2f}" for i, reward in zip(ids, process.tolist())]
-    env.print(f"{row['prompt']}: {'right' if row['correct'] else 'wrong'}; process rewards (largest 1): " + ", ".join(parts))
+    env.print(f"{row['prompt']}: {'right' if row['correct'] else 'wrong'}; process rewards (largest 1): "
+              + ", ".join(parts))
 
 
 if __name__ == "__main__":

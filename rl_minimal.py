@@ -172,7 +172,8 @@ def encode_for(tokenizer, rows):
     examples = []
     for row in rows:
         input_ids, prompt_length, step_ends = data.encode_trajectory(tokenizer, row["prompt"], row["completions"])
-        examples.append({"input_ids": input_ids, "prompt_length": prompt_length, "step_ends": step_ends, "correct": row["correct"]})
+        examples.append({"input_ids": input_ids, "prompt_length": prompt_length, "step_ends": step_ends,
+                         "correct": row["correct"]})
     return examples
 
 
@@ -325,7 +326,8 @@ def main(cfg, env):
         prm_tokenizer = data.load_tokenizer(prm_name)
         from_run = checkpoint and os.path.join(checkpoint, "prm")
         try:
-            prm = load_scorer(from_run if from_run and cfg.prm_lr else prm_name, sft.torch_dtype(cfg, env), tdrm.load_reward_model)
+            prm = load_scorer(from_run if from_run and cfg.prm_lr else prm_name, sft.torch_dtype(cfg, env),
+                              tdrm.load_reward_model)
         except BadInput as error:
             raise BadInput(str(error).replace("--model", "--prm", 1)) from None
         if cfg.prm_lr and prm.reduce != "last":
@@ -408,7 +410,8 @@ def end_of_step(cfg, env, log, step, metrics, clock, model, tokenizer, held_out,
 
 def finish(cfg, env, model, tokenizer, held_out, start_time, skipped, **others):
     """The last evaluation; the policy in model/, what else was trained in folders of its own -> summary."""
-    summary = evaluate(model, tokenizer, held_out, cfg, env) | {"questions": len(held_out), "steps": cfg.steps, "skipped": skipped}
+    summary = evaluate(model, tokenizer, held_out, cfg, env)
+    summary |= {"questions": len(held_out), "steps": cfg.steps, "skipped": skipped}
     if env.rank == 0:
         sft.save_model(os.path.join(cfg.out, "model"), model, tokenizer)
         for name, (other, other_tokenizer, _) in others.items():

@@ -43,7 +43,8 @@ class ImplicitReward(torch.nn.Module):
     def forward(self, input_ids, past_key_values=None, use_cache=False, **options):
         scores, start = 0.0, past_key_values.used if use_cache else 0
         for lm, sign, extra in (self.model, 1.0, self.layers), (self.reference, -1.0, 2 * self.layers + 1):
-            hidden = lm.base_model(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, **options).last_hidden_state
+            hidden = lm.base_model(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache,
+                                   **options).last_hidden_state
             before = F.pad(hidden, (0, 0, 1, 0))[:, :-1]  # the first token of all has nothing before it; it is prompt
             if use_cache:
                 kept, _ = past_key_values.update(hidden[:, None], hidden[:, None, :, :0], extra)

@@ -189,7 +189,8 @@ def score_rows(model, examples, pad_id, env, rows_at_once=64):
         batch = data.collate([examples[i] for i in rows], pad_id)
         ids, ends = batch["input_ids"].to(env.device), batch["step_ends"].to(env.device)
         if hasattr(model, "reduce"):  # another kind of reward model, or one to be read in another way (scorers.py)
-            logits = prefix_values(model, ids, ends, torch.tensor([examples[i]["prompt_length"] for i in rows], device=env.device))
+            prompts = torch.tensor([examples[i]["prompt_length"] for i in rows], device=env.device)
+            logits = prefix_values(model, ids, ends, prompts)
         else:
             logits = step_values(model, ids, None, ends)
         values.update(zip(rows, (row[mask].tolist() for row, mask in zip(logits.sigmoid().cpu(), batch["step_mask"]))))

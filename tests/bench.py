@@ -14,16 +14,19 @@ tdrm: trajectories a second in the loop of tdrm_minimal.main, fp32 on the CPU, r
 Workloads: toy, the built-in policy and task; long, 60 + 16 x 24 tokens, hidden size 256, four layers.
 search: problems a second of tree_search against published call structure (a `generate` per kept prefix, a
 reward-model forward over the whole prefix per candidate), same settings; responses a second of sample() against
-`generate`, also on responses of very different lengths, where padding is what dropping rows saves: in the built-in
-policy, where the calls of many small operations take the time, and in one where arithmetic does.
+`generate`, also on responses of very different lengths, where padding is what dropping rows saves: of a policy that
+answers short and long questions, and random texts, of which no two agree for long: in the built-in policy, where the
+calls of many small operations take the time, and in one where arithmetic does.
 "of peak": the work a step cannot do without over what the same threads reach in a large matrix product. For T
 tokens that is 6 x (weights in linear layers) x T + 6 x layers x hidden x T^2 (half of the attention matrix).
 """
 import argparse
 import contextlib
+import copy
 import importlib
 import importlib.util
 import itertools
+import json
 import os
 import sys
 import tempfile
@@ -290,6 +293,20 @@ def naive_beam_search(model, prm, tokenizer, problem, keep, expand, max_steps=12
     return tokenizer.decode(kept[0][1][len(prompt):], skip_special_tokens=True)
 
 
+def both_levels():
+    """Folder of a policy that answers questions of both built-in levels, in 20 to 90 tokens; trained if it is not there."""
+    out = os.path.join("runs", "bench-both-levels")
+    if not os.path.isdir(os.path.join(out, "model")):
+        os.makedirs(out, exist_ok=True)
+        path = os.path.join(out, "solutions.jsonl")
+        with open(path, "w") as f:
+            for level in data.LEVELS:
+                for row in data.make_trajectories(data.make_problems(20_000, "train", 0, level), 1, level=level):
+                    f.write(json.dumps({key: row[key] for key in ("prompt", "completions", "answer")}) + "\n")
+        sft.main(sft.Config(data=(path,), out=out, eval_problems=100, resume=True), ENV)
+    return os.path.join(out, "model")
+
+
 @torch.no_grad()
 def part_search(args):
     """Beam search against the published call structure; sample() against `generate`."""
@@ -322,9 +339,8 @@ def part_search(args):
     compare("published calls, one by one", None, ours, published, args.repeats)
     print(f"  right answers: ours {right['ours']}, published {right['published']} of {count}")
 
-    def sampling(title, policy, max_new_tokens=64):
-        prompts = [data.encode_prompt(tokenizer, q) for q in [p["question"] for p in data.make_problems(16, "test")]]
-        tokens = []
+    def sampling(title, policy, max_new_tokens=64, asked=[p["question"] for p in data.make_problems(16, "test")]):
+        prompts, tokens = [data.encode_prompt(tokenizer, q) for q in asked], []
 
         def library():
             padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
@@ -344,10 +360,15 @@ def part_search(args):
         compare(title, np.mean(tokens), mine, library, args.repeats)  # what dropping ended rows could save
         print(f"  padded / real tokens: {np.mean(tokens):.2f}")
 
-    print("sample(): responses a second, 16 prompts x 8, against transformers' generate")
+    print("sample(): responses a second, 16 prompts x 8, against transformers' generate; predicted: padded / real tokens")
     sampling("built-in policy", model)
-    even, wide = AutoModelForCausalLM.from_pretrained(folder), wide_policy(len(tokenizer), 64 if args.quick else 256)
-    for title, policy in ("short and long responses", even), ("short and long, 4M parameters", wide):
+    if not args.quick:  # short and long responses of a policy that means them: 12 short questions, 4 long ones
+        asked = [p["question"] for n, level in zip((12, 4), data.LEVELS) for p in data.make_problems(n, "test", level=level)]
+        with torch.enable_grad():
+            folder = both_levels()
+        sampling("short and long questions", AutoModelForCausalLM.from_pretrained(folder).eval(), 128, asked)
+    even, wide = copy.deepcopy(model), wide_policy(len(tokenizer), 64 if args.quick else 256)
+    for title, policy in ("random texts", even), ("random texts, 4M parameters", wide):
         policy.eval().lm_head.weight.zero_()  # every token as likely as the end: lengths from 1 to over 100
         for longest in (32, 64, 160):
             sampling(f"{title}, {longest} at most", policy, max_new_tokens=longest)

@@ -43,11 +43,13 @@ import tdrm_minimal  # noqa: E402
 from plumbing import Env  # noqa: E402
 from scorers import load_scorer  # noqa: E402
 
-MORE = {"TDRM, lambda 0.9", "TDRM, gamma 0.6", "outcomes only, TDRM n = 3", "2 rollouts", "15% of the labels flipped",  # of sweep
-        "ScalarPRM blend", "TDRM blend, on-policy", "PRM-only, on-policy",  # of rl
-        "double forward", "offline-trained PRM, online", "no filter", "REINFORCE, outcomes", "REINFORCE, PRIME", "GRPO, outcomes", "GRPO, PRIME",
-        "PPO, outcomes", "PPO, PRIME", "PRIME as value model", "control: shuffled over tokens", "control: process weight 0",
-        "PPO, Q-RM", "PPO, ORM", "PPO, DPO-RM", "Q-RM, beta 0.2"}
+MORE = {
+    "TDRM, lambda 0.9", "TDRM, gamma 0.6", "outcomes only, TDRM n = 3", "2 rollouts", "15% of the labels flipped",
+    "ScalarPRM blend", "TDRM blend, on-policy", "PRM-only, on-policy",
+    "double forward", "offline-trained PRM, online", "no filter", "REINFORCE, outcomes", "REINFORCE, PRIME",
+    "GRPO, outcomes", "GRPO, PRIME", "PPO, outcomes", "PPO, PRIME", "PRIME as value model",
+    "control: shuffled over tokens", "control: process weight 0",
+    "PPO, Q-RM", "PPO, ORM", "PPO, DPO-RM", "Q-RM, beta 0.2"}
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t at 97.5%, by number of seeds
 
 
@@ -120,15 +122,17 @@ def cell(numbers, digits=3):
 
 
 def table(head, rows):
-    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|"] + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+    line = lambda row: "| " + " | ".join(map(str, row)) + " |"  # noqa: E731
+    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
 
 
 # --------------------------------------------------------------------------------------------------
 # Reward models, and search with them.
 
 METHODS = ("scalar_orm", "scalar_prm", "tdrm")
-MEASURES = {"abs_delta_v": "mean abs dV", "lipschitz": "largest abs dV", "td_error_mean": "TD error", "auroc_second_last": "AUROC, second-last",
-            "auroc_middle": "AUROC, middle", "calibration_error": "calibration error", "first_error_f1": "first-error F1"}
+MEASURES = {"abs_delta_v": "mean abs dV", "lipschitz": "largest abs dV", "td_error_mean": "TD error",
+            "auroc_second_last": "AUROC, second-last", "auroc_middle": "AUROC, middle",
+            "calibration_error": "calibration error", "first_error_f1": "first-error F1"}
 
 
 def policy(args, level="builtin"):
@@ -159,8 +163,8 @@ def tdrm(args):
     folders, seeds = reward_models(args), range(args.seeds)
     results = {m: {key: [summary(folders[m, s])[key] for s in seeds] for key in MEASURES} for m in METHODS}
     # value traces and TD errors by step, on the same held-out solutions
-    rows, cfg = data.make_trajectories(data.make_problems(60 if args.quick else 500, "test"), 2, 4, seed=1), tdrm_minimal.Config()
-    errors, values = {}, {}
+    rows = data.make_trajectories(data.make_problems(60 if args.quick else 500, "test"), 2, 4, seed=1)
+    cfg, errors, values = tdrm_minimal.Config(), {}, {}
     for m, s in itertools.product(("scalar_prm", "tdrm"), seeds):
         examples, found = step_values(folders[m, s] + "/model", rows)
         values.setdefault(m, found)  # of the first seed
@@ -169,8 +173,10 @@ def tdrm(args):
             r = tdrm_minimal.shaped_rewards(labels, mask, cfg.correct, cfg.wrong)[0].tolist()
             for t in range(len(v) - 1):
                 errors.setdefault(m, {}).setdefault(t, []).append(abs(r[t] + cfg.gamma * v[t + 1] - v[t]))
-    results["td_error_by_step"] = {m: [np.quantile(e[t], (0.05, 0.25, 0.5, 0.75, 0.95)).round(3).tolist() for t in sorted(e)] for m, e in errors.items()}
-    results["traces"] = [{"title": title, "first_error": rows[i]["first_error"], "values": {m: [round(x, 3) for x in values[m][i]] for m in values}}
+    results["td_error_by_step"] = {m: [np.quantile(e[t], (0.05, 0.25, 0.5, 0.75, 0.95)).round(3).tolist() for t in sorted(e)]
+                                   for m, e in errors.items()}
+    results["traces"] = [{"title": title, "first_error": rows[i]["first_error"],
+                          "values": {m: [round(x, 3) for x in values[m][i]] for m in values}}
                          for title, i in tdrm_minimal.choose_three(examples)]
     return results
 
@@ -269,8 +275,9 @@ def sweep(args):
         for (name, method), options in settings.items():
             out = outs[name, method, s] = f"{args.place}/sweep-{slug(name + ' ' + method)}-{s}"
             options = solutions(args, options, s) if isinstance(options, str) else options
-            commands.append((out, ["tdrm_minimal.py", "--model", policy(args), "--seed", str(s), "--eval_every", "0", "--problems",
-                                   "200" if args.quick else "8000", *(["--method", method] if method else []), *options]))
+            commands.append((out, ["tdrm_minimal.py", "--model", policy(args), "--seed", str(s), "--eval_every", "0",
+                                   "--problems", "200" if args.quick else "8000",
+                                   *(["--method", method] if method else []), *options]))
     run(args, commands)
     results = {}
     folders = [{key[:2]: f"{out}/model" for key, out in outs.items() if key[2] == s} for s in range(args.seeds)]
@@ -285,8 +292,8 @@ def sweep(args):
 
 
 def sweep_tables(results):
-    keys = {"greedy": "greedy search, b = 8", "best-of-n": "best-of-16", "abs_delta_v": "mean abs dV", "lipschitz": "largest abs dV",
-            "auroc_second_last": "AUROC, second-last", "calibration_error": "calibration error"}
+    some = ("abs_delta_v", "lipschitz", "auroc_second_last", "calibration_error")
+    keys = {"greedy": "greedy search, b = 8", "best-of-n": "best-of-16"} | {key: MEASURES[key] for key in some}
     base = results.get("ScalarPRM|", {}).get("greedy")
     less = lambda a, b: cell([x - y for x, y in zip(a, b)]) if a and b else ""  # noqa: E731
     yield "targets", table(["targets", *keys.values(), "greedy minus ScalarPRM's"], [
@@ -294,9 +301,10 @@ def sweep_tables(results):
         for name in TARGETS if name + "|" in results])
     pair = {name: [results.get(f"{name}|{m}") for m in ("scalar_prm", "tdrm")] for name in CONDITIONS}
     pair["4 rollouts"] = [results.get("ScalarPRM|"), results.get("TDRM, n = 3|")]
-    yield "conditions", table(["step labels", "ScalarPRM, greedy", "TDRM, greedy", "TDRM minus ScalarPRM", "ScalarPRM, abs dV", "TDRM, abs dV"], [
-        [name, cell(a["greedy"]), cell(b["greedy"]), less(b["greedy"], a["greedy"]), cell(a["abs_delta_v"]), cell(b["abs_delta_v"])]
-        for name, (a, b) in pair.items() if a and b])
+    yield "conditions", table(
+        ["step labels", "ScalarPRM, greedy", "TDRM, greedy", "TDRM minus ScalarPRM", "ScalarPRM, abs dV", "TDRM, abs dV"],
+        [[name, cell(a["greedy"]), cell(b["greedy"]), less(b["greedy"], a["greedy"]), cell(a["abs_delta_v"]),
+          cell(b["abs_delta_v"])] for name, (a, b) in pair.items() if a and b])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -335,12 +343,16 @@ def budget(args):
         with open(os.path.join(ROOT, path)) as f:
             rows = sum(1 for _ in f)
         for name, (wanted, script, options) in LEARNERS.items():
-            if wanted == kind:  # at most four passes, and half as many steps as by default
-                steps = max(50, min(500, 4 * rows // 64)) if script == "tdrm" else max(50, min(250, 2 * rows // 64))
-                files = ["--data", path] if script == "tdrm" else ["--pairs_from", path]
-                out = outs[name, b, s] = f"{args.place}/budget-{slug(name)}-{b}-{s}"
-                commands.append((out, [f"{script}_minimal.py", "--model", policy(args), *files, "--steps", "4" if args.quick else str(steps),
-                                       "--eval_every", "0", "--seed", str(s), *(["--eval", held_out(args)] if script == "tdrm" else []), *options]))
+            if wanted != kind:
+                continue
+            out = outs[name, b, s] = f"{args.place}/budget-{slug(name)}-{b}-{s}"
+            if script == "tdrm":  # at most four passes, and half as many steps as by default
+                options = ["--data", path, "--eval", held_out(args), *options]
+                steps = min(500, 4 * rows // 64)
+            else:
+                options, steps = ["--pairs_from", path, *options], min(250, 2 * rows // 64)
+            commands.append((out, [f"{script}_minimal.py", "--model", policy(args), "--eval_every", "0", "--seed", str(s),
+                                   "--steps", "4" if args.quick else str(max(50, steps)), *options]))
     run(args, commands)
     results = {name: {str(b): {"greedy": [], "best-of-n": []} for b in budgets} for name in LEARNERS}
     folders = [{key[:2]: f"{out}/model" for key, out in outs.items() if key[2] == s} for s in range(args.seeds)]
@@ -362,9 +374,10 @@ def budget_tables(results):
 # Reinforcement learning.
 
 LIMITS = ["--data", "builtin-hard", "--problems", "500", "--prompts_per_step", "16", "--steps", "60", "--eval_every", "15",
-          "--max_new_tokens", "100", "--eval_problems", "300", "--lr", "2e-4", "--no-decay", "--show_every", "0", "--save_every", "0"]
-SMALL = ["--data", "builtin-hard", "--problems", "40", "--prompts_per_step", "2", "--group_size", "4", "--steps", "2", "--eval_every", "0",
-         "--eval_problems", "8", "--show_every", "0", "--save_every", "0"]
+          "--max_new_tokens", "100", "--eval_problems", "300", "--lr", "2e-4", "--no-decay", "--show_every", "0",
+          "--save_every", "0"]
+SMALL = ["--data", "builtin-hard", "--problems", "40", "--prompts_per_step", "2", "--group_size", "4", "--steps", "2",
+         "--eval_every", "0", "--eval_problems", "8", "--show_every", "0", "--save_every", "0"]
 
 RL = {"rule-only": ["--alpha", "1"],
       "rule-only, dr_grpo": ["--alpha", "1", "--estimator", "dr_grpo"],
@@ -390,54 +403,55 @@ PRIME = {"outcomes only": OFF,
          "PPO, outcomes": ["--estimator", "ppo", *OFF], "PPO, PRIME": ["--estimator", "ppo"],
          "PRIME as value model": ["--estimator", "value"],
          "control: shuffled over tokens": ["--shuffle_process"],
-         "control: policy reference, offline-trained PRM, shuffled": ["--reference", "policy", "--prm", "offline", "--shuffle_process"],
+         "control: policy reference, offline-trained PRM, shuffled":
+             ["--reference", "policy", "--prm", "offline", "--shuffle_process"],
          "control: process weight 0": ["--process_weight", "0"]}
 
 
-def curves(args, script, settings, prefix, common=()):
-    """Runs of an RL script under every setting and seed -> {setting: {"curve": per seed [[questions, pass@1, greedy]], ...}}."""
-    size, model = SMALL if args.quick else LIMITS, policy(args, "builtin-hard")
-    settings = chosen(args, settings)
+def curves(args, script, settings, prefix):
+    """Runs of an RL script on the hard level under every setting and seed -> {setting: {"curve": of each seed, and means
+    over ten steps of what the run's metrics have: key: of each seed}}."""
+    size, model, settings = SMALL if args.quick else LIMITS, policy(args, "builtin-hard"), chosen(args, settings)
     settings = dict(list(settings.items())[:4]) if args.quick else settings
     outs = {(name, s): f"{args.place}/{prefix}-{slug(name)}-{s}" for s in range(args.seeds) for name in settings}
-    run(args, [(out, [script, "--model", model, *size, "--seed", str(s), *common, *settings[name]])
-               for (name, s), out in outs.items()])
+    run(args, [(out, [script, "--model", model, *size, "--seed", str(s), *settings[name]]) for (name, s), out in outs.items()])
     results = {}
     for name in settings:
-        rows = [metrics(outs[name, s]) for s in range(args.seeds)]
-        results[name] = {"curve": [curve(outs[name, s]) for s in range(args.seeds)],
-                         "train": [[round(float(np.mean([r["verifiable"] for r in run[1:][i:i + 10]])), 4)
-                                    for i in range(0, len(run) - 1, 10)] for run in rows]}
-        for key in ("pair_accuracy", "pair_accuracy_after", "prm_auroc", "prm_auroc_after", "truncated", "response_length"):
-            if any(key in r for r in rows[0]):
-                results[name][key] = [[round(float(np.nanmean([r[key] if r.get(key) is not None else np.nan for r in run[1:][i:i + 10]] or [np.nan])), 4)
-                                       for i in range(0, len(run) - 1, 10)] for run in rows]
+        folders = [outs[name, s] for s in range(args.seeds)]
+        results[name] = {"curve": [curve(out) for out in folders]}
+        for key in ("verifiable", "pair_accuracy", "prm_auroc", "truncated"):
+            if any(key in row for row in metrics(folders[0])):
+                results[name][key] = [by_tens(out, key) for out in folders]
     return results
 
 
 def curve(out):
     """[[questions seen, pass@1, greedy]...] of a run."""
-    rows, end = metrics(out), summary(out)
-    return [[r.get("questions", 0), r["pass@1"], r["greedy"]] for r in rows if "pass@1" in r] + [[rows[-1]["questions"], end["pass@1"], end["greedy"]]]
+    rows = metrics(out)
+    rows = [row for row in rows if "pass@1" in row] + [summary(out) | {"questions": rows[-1]["questions"]}]
+    return [[row.get("questions", 0), row["pass@1"], row["greedy"]] for row in rows]
 
 
-def reward_models_hard(args):
-    model = policy(args, "builtin-hard")
-    small = ["--problems", "300"] if args.quick else []
-    run(args, [(f"{args.place}/{m}-hard", ["tdrm_minimal.py", "--model", model, "--data", "builtin-hard", "--method", m, "--eval_every", "0", *small])
-               for m in ("tdrm", "scalar_prm")])
+def by_tens(out, key):
+    """Means of a metric over ten steps each; steps without it are left out."""
+    steps = metrics(out)[1:]  # the first row is the evaluation before training
+    tens = [[row[key] for row in steps[i:i + 10] if row.get(key) is not None] for i in range(0, len(steps), 10)]
+    return [round(float(np.mean(ten)), 4) if ten else math.nan for ten in tens]
 
 
 def rl(args):
-    reward_models_hard(args)
+    model, small = policy(args, "builtin-hard"), ["--problems", "300"] if args.quick else []
     paths = {m: f"{args.place}/{m}-hard/model" for m in ("tdrm", "scalar_prm")}
-    return curves(args, "rl_minimal.py", {name: [paths.get(o, o) for o in options] for name, options in RL.items()}, "rl", ["--lr", "3e-4"])
+    run(args, [(f"{args.place}/{m}-hard", ["tdrm_minimal.py", "--model", model, "--data", "builtin-hard", "--method", m,
+                                           "--eval_every", "0", *small]) for m in paths])
+    return curves(args, "rl_minimal.py", {name: [paths.get(o, o) for o in options] for name, options in RL.items()}, "rl")
 
 
 def prime(args):
     offline = f"{args.place}/prime-offline"  # a PRM trained on the initial policy's samples alone: the policy's lr is 0
-    run(args, [(offline, ["prime_minimal.py", "--model", policy(args, "builtin-hard"), *(SMALL if args.quick else LIMITS), *SOME,
-                         *([] if args.quick else ["--problems", "5000", "--prompts_per_step", "32", "--steps", "150", "--eval_every", "0"]), "--seed", "100", "--lr", "0"])])
+    size = SMALL if args.quick else [*LIMITS, "--problems", "5000", "--prompts_per_step", "32", "--steps", "150"]
+    run(args, [(offline, ["prime_minimal.py", "--model", policy(args, "builtin-hard"), *size, *SOME, "--eval_every", "0",
+                          "--seed", "100", "--lr", "0"])])
     return curves(args, "prime_minimal.py", {name: [offline + "/prm" if o == "offline" else o for o in options]
                                              for name, options in PRIME.items()}, "prime", SOME)
 
@@ -453,8 +467,8 @@ def short_runs(args):
     outs = {(name, s): f"{args.place}/short-{slug(name)}-{s}" for s in range(args.seeds) for name in SHORT}
     for later in (False, True):  # a PRM that is trained is one that PRIME has trained, under another seed
         trained = {s: outs["PRIME", (s + 1) % args.seeds] + "/prm" for s in range(args.seeds)}
-        run(args, [(out, ["prime_minimal.py", "--model", policy(args), "--seed", str(s), *(SMALL[2:] if args.quick else SHORT_LIMITS),
-                          *[trained[s] if o == "another" else o for o in SHORT[name]]])
+        run(args, [(out, ["prime_minimal.py", "--model", policy(args), *(SMALL[2:] if args.quick else SHORT_LIMITS),
+                          "--seed", str(s), *[trained[s] if o == "another" else o for o in SHORT[name]]])
                    for (name, s), out in outs.items() if ("another" in SHORT[name]) == later])
     return outs
 
@@ -477,7 +491,8 @@ def qrm(args):
                for (name, s), out in outs.items()])
     tdrms, primes = reward_models(args), short_runs(args)
     rows = data.make_trajectories(data.make_problems(60 if args.quick else 500, "test"), 2, seed=1)
-    results = {name: {"pair_accuracy": [], "first_wrong_step": [], "greedy": [], "best-of-n": []} for name in (*kinds, "TDRM", "PRIME")}
+    results = {name: {"pair_accuracy": [], "first_wrong_step": [], "greedy": [], "best-of-n": []}
+               for name in (*kinds, "TDRM", "PRIME")}
     folders = [{name: outs[name, s] + "/model" for name in kinds} | {"TDRM": tdrms["tdrm", s] + "/model"} for s in seeds]
     for s, found in enumerate(search_with(args, "qrm-search", folders, 64)):
         for name, folder in (folders[s] | {"PRIME": primes["PRIME", s] + "/prm"}).items():
@@ -502,10 +517,12 @@ def first_wrong_step(folder, kind, rows):
 def qrm_rl(args):
     """REINFORCE and PPO with a reward model of each kind, trained on one set of pairs of the hard level's student solutions."""
     model, names = policy(args, "builtin-hard"), {"Q-RM": "qrm", "ORM": "orm", "DPO-RM": "dpo_rm"}
-    level, count = "builtin-hard", 60 if args.quick else 5000
-    samples = write_rows(args, "samples-hard", lambda: data.make_trajectories(data.make_problems(count, "train", 7, level), 8, seed=7, level=level))
-    run(args, [(f"{args.place}/{m}-hard", ["qrm_minimal.py", "--model", model, "--method", m, "--eval_every", "0", "--pairs_from",
-                                           samples, "--seed", "0"]) for m in names.values()])
+    def solve():
+        problems = data.make_problems(60 if args.quick else 5000, "train", 7, "builtin-hard")
+        return data.make_trajectories(problems, 8, seed=7, level="builtin-hard")
+    pairs = ["--pairs_from", write_rows(args, "samples-hard", solve)]
+    run(args, [(f"{args.place}/{m}-hard", ["qrm_minimal.py", "--model", model, "--method", m, "--eval_every", "0", *pairs])
+               for m in names.values()])
     return curves(args, "qrm_minimal.py", {f"{how}, {name}": ["--rl", how.lower(), "--rm", f"{args.place}/{m}-hard/model"]
                                            for how in ("REINFORCE", "PPO") for name, m in names.items()}, "qrm-rl")
 
@@ -573,32 +590,34 @@ def prime_tables(results):
 def draw(results):
     """All figures that the results allow, to figures/."""
     at = lambda name: os.path.join(ROOT, "figures", name + ".svg")  # noqa: E731
-    if "traces" in results.get("tdrm", ()):
-        figures.traces(at("traces"), "Values along held-out solutions", results["tdrm"]["traces"], "step", "value")
-        figures.boxes(at("td-error"), "TD error by step: quantiles 5, 25, 50, 75, 95%", results["tdrm"]["td_error_by_step"], "step", "TD error")
-    if "search" in results:
+    if found := results.get("tdrm"):
+        figures.traces(at("traces"), "Values along held-out solutions", found["traces"], "step", "value")
+        figures.boxes(at("td-error"), "TD error by step: quantiles 5, 25, 50, 75, 95%", found["td_error_by_step"], "step", "TD error")
+    if found := results.get("search"):
+        across = lambda key, xs: {m: [(x, *spread(found[key.format(x, m)])) for x in xs] for m in METHODS}  # noqa: E731
         figures.lines(at("greedy-search"), "Greedy search: accuracy by branching (95% intervals)",
-                      {m: [(b, *spread(results["search"][f"greedy search {b}, {m} @ 1"])) for b in (2, 4, 8, 16)] for m in METHODS},
-                      "next steps sampled from each prefix", "accuracy", log_x=True)
+                      across("greedy search {}, {} @ 1", (2, 4, 8, 16)), "next steps sampled from each prefix", "accuracy", log_x=True)
         figures.lines(at("best-of-n"), "Best-of-n: accuracy by samples (95% intervals)",
-                      {m: [(n, *spread(results["search"][f"best-of-n, {m} @ {n}"])) for n in (2, 4, 8, 16, 32, 64)] for m in METHODS},
-                      "samples", "accuracy", log_x=True)
-    if "budget" in results:
+                      across("best-of-n, {1} @ {0}", (2, 4, 8, 16, 32, 64)), "samples", "accuracy", log_x=True)
+    if found := results.get("budget"):
         figures.lines(at("budget"), "Greedy search (b = 8) by tokens spent on training data (95% intervals)",
-                      {name: [(int(b), *spread(r["greedy"])) for b, r in rows.items()] for name, rows in results["budget"].items()},
+                      {name: [(int(b), *spread(r["greedy"])) for b, r in rows.items()] for name, rows in found.items()},
                       "tokens sampled for data and labels", "accuracy", log_x=True)
-    some = ["outcomes only", "PRIME", "offline PRM", "policy reference", "policy reference, offline-trained PRM, online", "control: shuffled over tokens"]
-    for name, runs, names in (("rl", results.get("rl", {}), list(RL)), ("prime", results.get("prime", {}), some),
-                              ("qrm-rl", results.get("qrm-rl", {}), None)):
-        if runs:
-            figures.lines(at(name), "Held-out pass@1, hard level (95% intervals)",
-                          {key: [(points[0][0], *spread([p[1] for p in points])) for points in zip(*r["curve"])] for key, r in runs.items()
-                           if names is None or key in names}, "questions seen", "pass@1")
+    some = ["outcomes only", "PRIME", "offline PRM", "policy reference", "policy reference, offline-trained PRM, online",
+            "control: policy reference, offline-trained PRM, shuffled"]
+    for part, names in (("rl", list(RL)), ("prime", some), ("qrm-rl", None)):
+        if found := results.get(part):
+            figures.lines(at(part), "Held-out pass@1, hard level (95% intervals)",
+                          {name: [(points[0][0], *spread([p[1] for p in points])) for points in zip(*row["curve"])]
+                           for name, row in found.items() if names is None or name in names}, "questions seen", "pass@1")
 
 
-PARTS = {"tdrm": (tdrm, tdrm_tables), "search": (search, search_tables), "sweep": (sweep, sweep_tables), "budget": (budget, budget_tables),
-         "rl": (rl, rl_tables), "prime": (prime, prime_tables), "prime-short": (prime_short, lambda results: [("prime-short", curve_table(results, "outcomes only"))]),
-         "qrm": (qrm, qrm_tables), "qrm-rl": (qrm_rl, lambda results: [("qrm-rl", curve_table(results, "REINFORCE, ORM", rising=False))])}
+# Part: what runs it, and the tables of its results as (marker in the README, lines).
+PARTS = {"tdrm": (tdrm, tdrm_tables), "search": (search, search_tables), "sweep": (sweep, sweep_tables),
+         "budget": (budget, budget_tables), "rl": (rl, rl_tables), "prime": (prime, prime_tables),
+         "prime-short": (prime_short, lambda results: [("prime-short", curve_table(results, "outcomes only"))]),
+         "qrm": (qrm, qrm_tables),
+         "qrm-rl": (qrm_rl, lambda results: [("qrm-rl", curve_table(results, "REINFORCE, ORM", rising=False))])}
 
 
 def write_readme(results):
@@ -608,7 +627,8 @@ def write_readme(results):
         text = f.read()
     for part, (_, tables) in PARTS.items():
         for name, lines in tables(results[part]) if part in results else ():
-            text = re.sub(rf"(<!-- study:{name} -->\n).*?(<!-- end -->)", lambda m: m[1] + lines + "\n" + m[2], text, flags=re.S)
+            text = re.sub(rf"(<!-- study:{name} -->\n).*?(<!-- end -->)", lambda m: m[1] + lines + "\n" + m[2],
+                          text, flags=re.S)
     with open(path, "w") as f:
         f.write(text)
 
