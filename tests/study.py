@@ -13,8 +13,8 @@
 Every run is a run of the project's own scripts with its own --seed, kept in runs/study and not repeated while its
 summary.json is there: a stopped study goes on where it was. All figures go to results.json, and from there into the
 README, between <!-- study:NAME --> and <!-- end -->, and into figures/. Cells are mean ± half a 95% interval (Student's
-t) over the seeds. Rows in MORE need --more: without them the study takes under two hours on two cores. `--quick` runs
-everything small, in runs/quick, and changes neither file.
+t) over the seeds. Rows with a + (MORE) want --more: without them the study takes under two hours on two cores. `--quick`
+runs everything small, in runs/quick, and changes neither file.
 """
 import argparse
 import concurrent.futures
@@ -45,9 +45,10 @@ from scorers import load_scorer  # noqa: E402
 
 MORE = {
     "TDRM, lambda 0.9", "TDRM, gamma 0.6", "outcomes only, TDRM n = 3", "2 rollouts", "15% of the labels flipped",
+    "TDRM, n = 2", "8 rollouts", "8 to 14 operations",
     "ScalarPRM blend", "TDRM blend, on-policy", "PRM-only, on-policy",
     "double forward", "offline-trained PRM, online", "no filter", "REINFORCE, outcomes", "REINFORCE, PRIME",
-    "GRPO, outcomes", "GRPO, PRIME", "PPO, outcomes", "PPO, PRIME", "PRIME as value model",
+    "GRPO, outcomes", "GRPO, PRIME", "PPO, outcomes", "PPO, PRIME", "PRIME as value model", "offline PRM",
     "control: shuffled over tokens", "control: process weight 0",
     "PPO, Q-RM", "PPO, ORM", "PPO, DPO-RM", "Q-RM, beta 0.2"}
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t at 97.5%, by number of seeds
@@ -123,6 +124,7 @@ def cell(numbers, digits=3):
 
 def table(head, rows):
     line = lambda row: "| " + " | ".join(map(str, row)) + " |"  # noqa: E731
+    rows = [[f"{row[0]} +" if row[0] in MORE else row[0], *row[1:]] for row in rows]
     return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
 
 
@@ -187,8 +189,7 @@ def tdrm_tables(results):
 
 def search(args):
     folders = reward_models(args)
-    seeds = range(min(args.seeds, 3))
-    outs = [f"{args.place}/search-{s}" for s in seeds]
+    outs = [f"{args.place}/search-{s}" for s in range(args.seeds)]
     size = ["--problems", "20", "--n", "8", "--expand", "2", "4"] if args.quick else \
         ["--problems", "1000", "--n", "64", "--expand", "2", "4", "8", "16"]
     run(args, [(out, ["search_minimal.py", "--model", policy(args), "--beam", "1", "--seed", str(s), *size, "--prm",
@@ -217,7 +218,7 @@ TARGETS = {"ScalarPRM": ["--method", "scalar_prm"],
            "outcomes only, TDRM lambda 1": ["--label_rollouts", "0", "--lam", "1"]}
 CONDITIONS = {"1 rollout a label": ["--label_rollouts", "1"], "2 rollouts": ["--label_rollouts", "2"], "4 rollouts": [],
               "8 rollouts": ["--label_rollouts", "8"], "15% of the labels flipped": "flip0.15", "30% flipped": "flip0.3",
-              "another student's solutions": "other"}
+              "another student's solutions": "other", "8 to 14 operations": "builtin-hard"}
 
 
 def write_rows(args, name, make):
@@ -248,14 +249,14 @@ def solutions(args, kind, seed):
     return ["--data", write_rows(args, f"{kind}-{seed}", make), "--eval", held_out(args)]
 
 
-def search_with(args, name, folders, n):
+def search_with(args, name, folders, n, level="builtin"):
     """One search run a seed over its reward models {key: folder}; greedy search at b = 8 and n samples
     -> for each seed {(method, key, samples): accuracy}."""
     size = ["--problems", "10", "--n", "4"] if args.quick else ["--problems", "500", "--n", str(n)]
     which = zlib.crc32(repr(sorted(folders[0])).encode())  # a run over other reward models is another run
     outs = [f"{args.place}/{name}-{which:08x}-{s}" for s in range(args.seeds)]
-    run(args, [(out, ["search_minimal.py", "--model", policy(args), "--beam", "1", "--expand", "8", "--seed", str(s), *size,
-                      "--prm", *folders[s].values()]) for s, out in enumerate(outs)])
+    run(args, [(out, ["search_minimal.py", "--model", policy(args, level), "--data", level, "--beam", "1", "--expand", "8",
+                      "--seed", str(s), *size, "--prm", *folders[s].values()]) for s, out in enumerate(outs)])
     found = []
     for s, out in enumerate(outs):
         keys = {re.sub("/model$", "", folder).split("/")[-1]: key for key, folder in folders[s].items()}
@@ -270,24 +271,29 @@ def sweep(args):
     settings |= {(name, method): options for name, options in chosen(args, CONDITIONS).items() if options
                  for method in ("scalar_prm", "tdrm")}
     settings = {key: settings[key] for key in list(settings)[::5]} if args.quick else settings
+    level = lambda options: options if options == "builtin-hard" else "builtin"  # noqa: E731
     outs, commands = {}, []
     for s in range(args.seeds):
         for (name, method), options in settings.items():
             out = outs[name, method, s] = f"{args.place}/sweep-{slug(name + ' ' + method)}-{s}"
-            options = solutions(args, options, s) if isinstance(options, str) else options
-            commands.append((out, ["tdrm_minimal.py", "--model", policy(args), "--seed", str(s), "--eval_every", "0",
+            model = policy(args, level(options))
+            if isinstance(options, str):
+                options = solutions(args, options, s) if level(options) == "builtin" else ["--data", options]
+            commands.append((out, ["tdrm_minimal.py", "--model", model, "--seed", str(s), "--eval_every", "0",
                                    "--problems", "200" if args.quick else "8000",
                                    *(["--method", method] if method else []), *options]))
     run(args, commands)
     results = {}
-    folders = [{key[:2]: f"{out}/model" for key, out in outs.items() if key[2] == s} for s in range(args.seeds)]
-    for s, found in enumerate(search_with(args, "sweep-search", folders, 16)):
-        for name, method in settings:
-            row = results.setdefault(f"{name}|{method}", {key: [] for key in ("greedy", "best-of-n", *MEASURES)})
-            row["greedy"].append(found["greedy search 8", (name, method), 1])
-            row["best-of-n"].append(found["best-of-n", (name, method), 4 if args.quick else 16])
-            for key in MEASURES:
-                row[key].append(summary(outs[name, method, s]).get(key))
+    for wanted in data.LEVELS:
+        keys = [key for key, options in settings.items() if level(options) == wanted]
+        folders = [{key: outs[*key, s] + "/model" for key in keys} for s in range(args.seeds)]
+        for s, found in enumerate(search_with(args, "sweep-search", folders, 16, wanted) if keys else ()):
+            for key in keys:
+                row = results.setdefault("|".join(key), {measure: [] for measure in ("greedy", "best-of-n", *MEASURES)})
+                row["greedy"].append(found["greedy search 8", key, 1])
+                row["best-of-n"].append(found["best-of-n", key, 4 if args.quick else 16])
+                for measure in MEASURES:
+                    row[measure].append(summary(outs[*key, s]).get(measure))
     return results
 
 
@@ -644,7 +650,7 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS) - {"readme"}:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    args.place, args.seeds = ("runs/quick", 2) if args.quick else ("runs/study", args.seeds)
+    args.place, args.seeds, args.more = ("runs/quick", 2, True) if args.quick else ("runs/study", args.seeds, args.more)
     path, results = os.path.join(ROOT, "results.json"), {}
     if os.path.exists(path) and not args.quick:
         with open(path) as f:
