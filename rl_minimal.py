@@ -13,8 +13,8 @@ sampler itself reported (fp32, same temperature, no top-k or top-p), so `max_rat
 is a check that the sampled policy is the trained one. `--alpha 1` is rule-only and loads no reward model, `--alpha 0` is
 the reward model alone.
 
-`--prm_lr` above 0 keeps the reward model on-policy: after scoring, the same rollouts train it by TD from their outcomes
-(r = 0, gamma = 1, no step labels), so that it neither goes stale nor is gamed as the policy moves. This is ours, not the
+`--prm_lr` above 0 keeps the reward model on-policy: after scoring, the same rollouts train it on their outcomes
+(tdrm_minimal.py's targets without step labels), so that it does not go stale as the policy moves. This is ours, not the
 paper's. Its AUROC of the outcome is logged on the fresh rollouts, before and after.
 
 Every process learns all rollouts of a step, so filters, baselines and counts are computed on the global batch, by every
@@ -199,7 +199,7 @@ def value_rollouts(prm, examples, pad_id, env):
 
 
 def train_reward_model(wrapped, prm, optimizer, examples, pad_id, cfg, env):
-    """One step of TD from the rollouts' outcomes, without step labels: tdrm_minimal.py's loss with r = 0, gamma = 1."""
+    """One step on the rollouts' outcomes: tdrm_minimal.py's loss without step labels."""
     states, defaults = sum(len(e["step_ends"]) for e in examples), tdrm.Config()
 
     def loss_fn(micro):

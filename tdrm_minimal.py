@@ -14,8 +14,9 @@ Under causal attention the hidden state at the end of step t does not depend on 
 trajectory gives all values, targets and gradients, where the published code runs two over whole prefixes per
 transition. Condition: nothing follows a prefix, so no end-of-turn token closes an unfinished response (data.py).
 
-Without step labels r = 0 and gamma = 1: V then estimates P(correct | state) from outcomes alone. `--method scalar_prm`
-(BCE on the step labels) and `--method scalar_orm` (BCE on the outcome, last step only) are the baselines.
+Without step labels r = 0 and gamma = 1, and n is the whole response unless --n_step says otherwise (y = c at every
+state, Monte Carlo): V then estimates P(correct | state) from outcomes alone. `--method scalar_prm` (BCE on the step
+labels) and `--method scalar_orm` (BCE on the outcome, last step only) are the baselines.
 Left out: nothing of the method.
 
     python tdrm_minimal.py                          # built-in task: a table and three solutions, in about two minutes
@@ -49,7 +50,8 @@ from sft_minimal import opt
 class Config(sft.TrainConfig):
     method: str = opt("tdrm", "what the values are trained on", choices=("tdrm", "scalar_prm", "scalar_orm"))
     gamma: float = opt(0.8, "discount of later rewards and values; taken as 1 without step labels", low=0, high=1)
-    n_step: int = opt(3, "steps of reward before the target bootstraps from a value (the paper: 1, 2, 3)", low=1)
+    n_step: int = opt(0, "n: steps of reward before the target bootstraps from a value (the paper: 1, 2, 3); 0: 3, or "
+                         "without step labels all", low=0)
     lam: float = opt(-1.0, "TD(lambda) in place of n steps, 0 to 1; negative: n steps", low=-1, high=1)
     correct: tuple = opt((0.5, 0.2), "shaped reward of a right step at the beginning and at the end of a response")
     wrong: tuple = opt((-0.5, -1.0), "shaped reward of a wrong step, likewise")
@@ -166,8 +168,8 @@ def targets_and_weights(cfg, logits, batch, labelled):
     if cfg.method == "scalar_orm":
         return batch["outcomes"][:, None].expand_as(logits), end.float()
     rewards, gamma = rewards_and_gamma(cfg, batch, labelled)
-    lam = cfg.lam if cfg.lam >= 0 else None
-    targets = td_targets(logits.sigmoid(), rewards, batch["outcomes"], mask, gamma, cfg.n_step, lam)
+    n_step, lam = cfg.n_step or (3 if labelled else mask.shape[1]), cfg.lam if cfg.lam >= 0 else None
+    targets = td_targets(logits.sigmoid(), rewards, batch["outcomes"], mask, gamma, n_step, lam)
     return targets, mask.float() + (cfg.terminal_weight - 1) * end
 
 

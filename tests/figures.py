@@ -3,22 +3,22 @@ import math
 import os
 
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c755f", "#76b7b2", "#edc948")
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 320, 48, 30, 280, 40
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 340, 48, 52, 280, 40
 
 
 class Panel:
-    """One pair of axes, y from 0 to 1, within left..right of a drawing; x by its value or its logarithm."""
+    """One pair of axes, y from 0 to `top`, within left..right of a drawing; x by its value or its logarithm."""
 
-    def __init__(self, xs, x_label, left=LEFT, right=WIDTH - RIGHT, log_x=False, margin=0.0):
+    def __init__(self, xs, x_label, left=LEFT, right=WIDTH - RIGHT, log_x=False, margin=0.0, top=1.0):
         self.at = (lambda x: math.log2(x)) if log_x else float
         low, high = self.at(xs[0]) - margin, self.at(xs[-1]) + margin
         self.x = lambda x: round(left + (self.at(x) - low) / (high - low or 1) * (right - left), 1)
-        self.y = lambda y: round(HEIGHT - BOTTOM - min(1, max(0, y)) * (HEIGHT - TOP - BOTTOM), 1)
+        self.y = lambda y: round(HEIGHT - BOTTOM - min(1, max(0, y / top)) * (HEIGHT - TOP - BOTTOM), 1)
         self.parts = []
-        for tick in (0, 0.25, 0.5, 0.75, 1):
+        for tick in (0, top / 4, top / 2, 3 * top / 4, top):
             self.parts.append(f'<line class="g" x1="{left}" x2="{right}" y1="{self.y(tick)}" y2="{self.y(tick)}"/>')
             if left == LEFT:
-                self.parts.append(text(left - 6, self.y(tick) + 4, f"{tick:g}", "end"))
+                self.parts.append(text(left - 6, self.y(tick) + 4, f"{tick:.3g}", "end"))
         for x in xs if len(xs) < 9 else xs[::len(xs) // 6]:
             self.parts.append(text(self.x(x), HEIGHT - BOTTOM + 16, f"{x // 1000:,}k" if x >= 10_000 else f"{x:g}", "middle"))
         self.parts.append(text((left + right) / 2, HEIGHT - 6, x_label, "middle"))
@@ -52,23 +52,31 @@ def legend(names, colours):
 
 
 def write(path, title, y_label, parts):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    """`title`: what the figure says, a newline, and what it shows."""
+    finding, _, shown = title.partition("\n")
+    middle = (TOP + HEIGHT - BOTTOM) / 2
     head = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="11">',
-            "<style>text{fill:#333}.g{stroke:#8884}@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>", text(LEFT, 16, title, size=13),
-            f'<text x="12" y="{HEIGHT / 2}" transform="rotate(-90 12 {HEIGHT / 2})" text-anchor="middle">{y_label}</text>']
+            "<style>text{fill:#333}.g{stroke:#888;stroke-opacity:.3}@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>",
+            text(LEFT, 16, finding, size=14), text(LEFT, 34, shown),
+            f'<text x="12" y="{middle}" transform="rotate(-90 12 {middle})" text-anchor="middle">{y_label}</text>']
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as f:
         f.write("\n".join(head + parts + ["</svg>"]) + "\n")
 
 
-def lines(path, title, series, x_label, y_label, log_x=False):
-    """{name: [(x, mean, half an interval)]} as lines with bands, named from the highest end down."""
-    panel = Panel(sorted({x for points in series.values() for x, _, _ in points}), x_label, log_x=log_x)
-    colours = dict(zip(series, COLOURS * 3))
+def lines(path, title, series, x_label, y_label, log_x=False, level=None):
+    """{name: [(x, mean, half an interval)]} as lines with bands, named from the highest end down; a dashed line at a
+    `level` (name, y)."""
+    xs = sorted({x for points in series.values() for x, _, _ in points})
+    top = 0.5 if max(m + h for points in series.values() for _, m, h in points) <= 0.5 else 1
+    panel, colours = Panel(xs, x_label, log_x=log_x, top=top), dict(zip(series, COLOURS * 3))
     for name, points in series.items():
         panel.band(points, colours[name])
         panel.line([p[:2] for p in points], colours[name])
     names = sorted(series, key=lambda name: -series[name][-1][1])
-    write(path, title, y_label, panel.parts + legend(names, [colours[n] for n in names]))
+    if level:
+        panel.line([(xs[0], level[1]), (xs[-1], level[1])], "#888", dashed=True)
+    write(path, title, y_label, panel.parts + legend([*names, *(level or ())[:1]], [*[colours[n] for n in names], "#888"]))
 
 
 def traces(path, title, solutions, x_label, y_label):
@@ -81,7 +89,7 @@ def traces(path, title, solutions, x_label, y_label):
             panel.line(list(zip(steps, solution["values"][name])), colour)
         if solution["first_error"] >= 0:
             panel.line([(solution["first_error"] + 1, 0), (solution["first_error"] + 1, 1)], "#888", dashed=True)
-        parts += panel.parts + [text(LEFT + i * width + 2, TOP - 2, solution["title"], size=10)]
+        parts += panel.parts + [text(LEFT + i * width + 2, TOP - 4, solution["title"], size=10)]
     write(path, title, y_label, parts + legend([*names, "first wrong step"], [*COLOURS[:len(names)], "#888"]))
 
 

@@ -214,8 +214,8 @@ TARGETS = {"ScalarPRM": ["--method", "scalar_prm"],
            "TDRM, gamma 0.6": ["--gamma", "0.6"], "TDRM, gamma 1": ["--gamma", "1"],
            "TDRM, rewards +-0.5 constant": ["--correct", "0.5", "0.5", "--wrong", "-0.5", "-0.5"],
            "TDRM, no step rewards": ["--correct", "0", "0", "--wrong", "0", "0", "--gamma", "1"],
-           "outcomes only, TDRM n = 3": ["--label_rollouts", "0"],
-           "outcomes only, TDRM lambda 1": ["--label_rollouts", "0", "--lam", "1"]}
+           "outcomes only, TDRM n = 3": ["--label_rollouts", "0", "--n_step", "3"],
+           "outcomes only, TDRM n = T": ["--label_rollouts", "0"]}
 CONDITIONS = {"1 rollout a label": ["--label_rollouts", "1"], "2 rollouts": ["--label_rollouts", "2"], "4 rollouts": [],
               "8 rollouts": ["--label_rollouts", "8"], "15% of the labels flipped": "flip0.15", "30% flipped": "flip0.3",
               "another student's solutions": "other", "8 to 14 operations": "builtin-hard"}
@@ -319,7 +319,7 @@ def sweep_tables(results):
 BUDGETS = (100_000, 400_000, 1_600_000)  # tokens sampled to make the training data, labels included
 LEARNERS = {"ScalarPRM, step labels": ("steps", "tdrm", ["--method", "scalar_prm"]),
             "TDRM, step labels": ("steps", "tdrm", []),
-            "TDRM, outcomes": ("outcomes", "tdrm", ["--lam", "1"]),
+            "TDRM, outcomes": ("outcomes", "tdrm", []),
             "ScalarORM, outcomes": ("outcomes", "tdrm", ["--method", "scalar_orm"]),
             "implicit PRM (DPO), outcomes": ("outcomes", "qrm", ["--method", "dpo_rm"]),
             "Q-RM, outcomes": ("outcomes", "qrm", ["--method", "qrm"])}

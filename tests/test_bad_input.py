@@ -147,7 +147,7 @@ S, T, D = "sft_minimal.py", "tdrm_minimal.py", "data.py"
 MINE = "--data {good.jsonl} --model {policy}"
 OPTIONS = [  # script, arguments ({name}: a file of the place), what the message names
     (S, "--lr -1", "--lr -1.0"), (S, "--batch_size 0", "--batch_size 0"), (S, "--warmup 2", "--warmup 2.0"), (T, "--gamma 1.5", "--gamma 1.5"),
-    (T, "--n_step 0", "--n_step 0"), (T, "--lam 2", "--lam 2.0"), (T, "--lr nan", "--lr nan"), (T, "--lr inf", "--lr inf"),
+    (T, "--n_step -1", "--n_step -1"), (T, "--lam 2", "--lam 2.0"), (T, "--lr nan", "--lr nan"), (T, "--lr inf", "--lr inf"),
     (T, MINE + " --steps 1 --correct nan 0.2", "--correct"), (T, MINE + " --steps 1 --wrong inf 0", "--wrong"), (T, "--correct 0.5", "--correct"),
     (T, "--correct a b", "--correct"), (S, "--learning_rate 1", "--learning_rate"), (S, "--step 1", "--step"), (T, "stray.jsonl", "stray.jsonl"),
     (T, "--method td3", "--method"), (S, "--dtype float8", "--dtype"), (T, "--label_kind firm", "--label_kind"), (S, "--data", "--data"),

@@ -418,7 +418,7 @@ def test_a_head_of_several_numbers_is_refused(kind, labels, home, tmp_path):
 
 METHODS = {
     "td 1": {"n_step": 1}, "td 3": {"n_step": 3, "gamma": 0.9, "correct": (0.3, 0.1)}, "td lambda": {"lam": 0.5, "terminal_weight": 2.0},
-    "td, outcomes only": {"data": "ragged_outcomes.jsonl", "n_step": 2}, "scalar_prm": {"method": "scalar_prm"}, "scalar_orm": {"method": "scalar_orm"},
+    "td, outcomes only": {"data": "ragged_outcomes.jsonl", "n_step": 2}, "td, default n": {"data": "ragged_outcomes.jsonl"}, "scalar_prm": {"method": "scalar_prm"}, "scalar_orm": {"method": "scalar_orm"},
 }
 
 
@@ -497,7 +497,7 @@ def test_loss_and_gradients_are_those_of_the_slow_way(name, first_batch):
                     continue
                 y = c
             else:
-                y = lambda_target(V, r, c, t, gamma, cfg.lam) if cfg.lam >= 0 else n_step_target(V, r, c, t, gamma, cfg.n_step)
+                y = lambda_target(V, r, c, t, gamma, cfg.lam) if cfg.lam >= 0 else n_step_target(V, r, c, t, gamma, cfg.n_step or (3 if labels is not None else T))
                 y = min(1, max(0, y))
             terms.append(-weight * (y * F.logsigmoid(logit) + (1 - y) * F.logsigmoid(-logit)))
     slow_loss = sum(terms) / len(terms)  # a mean over states, whatever their weights
@@ -530,6 +530,10 @@ def test_targets_and_weights_by_method():
         assert torch.equal(weights, torch.where(last, 0.25, mask.float()))
         targets, _ = at(False, gamma=0.6, **options)  # no labels: r = 0 and gamma = 1
         torch.testing.assert_close(targets, tdrm.td_targets(values, torch.zeros_like(values), outcomes, mask, 1.0, **more))
+    targets, _ = at(gamma=0.6, correct=(0.4, 0.3), wrong=(-0.1, -0.2))  # n: 3 with step labels, the whole response without
+    torch.testing.assert_close(targets, tdrm.td_targets(values, rewards, outcomes, mask, 0.6, n_step=3))
+    targets, _ = at(False)
+    assert torch.equal(targets[mask], outcomes[:, None].expand_as(targets)[mask])
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 64])
