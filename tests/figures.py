@@ -3,7 +3,7 @@ import math
 import os
 
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c755f", "#76b7b2", "#edc948")
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 340, 48, 52, 280, 40
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 340, 48, 52, 340, 40
 
 
 class Panel:

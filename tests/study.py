@@ -1,14 +1,15 @@
 """Which of the three papers' claims hold in miniature? `python tests/study.py [PART ...] [--seeds N] [--jobs J] [--quick]`.
 
-    tdrm    ScalarORM, ScalarPRM and TDRM on held-out built-in solutions: smoothness, AUROC, calibration, first error
-    search  greedy search and best-of-n on 1000 held-out built-in problems with those reward models
-    sweep   what a TDRM and a ScalarPRM depend on: targets, label noise, amount of data
-    budget  search accuracy against the tokens spent on training data, for every kind of reward model
-    rl      rule-only, blended and PRM-only rewards on the hard level
-    prime   PRIME against outcomes only, its design choices, and controls, on the hard level
-    prime-short   four of its rows on the default level
-    qrm     Q-RM, ORM and DPO-RM, TDRM beside them: pairs, first wrong steps, greedy search and best-of-n
-    qrm-rl  RL with a Q-RM, an ORM or a DPO-RM and no verifier, on the hard level
+    tdrm         ScalarORM, ScalarPRM and TDRM on held-out solutions: smoothness, AUROC, calibration, first error
+    search       greedy search and best-of-n on 1000 held-out problems with those reward models
+    sweep        what a TDRM and a ScalarPRM depend on: targets, label noise, whose solutions, their length
+    budget       search accuracy against the tokens spent on training data, for every kind of reward model
+    rl           rule-only, blended and PRM-only rewards on the hard level
+    prime        PRIME against outcomes only, its design choices, and controls, on the hard level
+    prime-again  the row of it that won, under five other seeds (+)
+    prime-short  four of its rows on the default level
+    qrm          Q-RM, ORM and DPO-RM, TDRM beside them: pairs, first wrong steps, greedy search and best-of-n
+    qrm-rl       RL with a Q-RM, an ORM or a DPO-RM and no verifier, on the hard level
 
 Every run is a run of the project's own scripts with its own --seed, kept in runs/study and not repeated while its
 summary.json is there: a stopped study goes on where it was. All figures go to results.json, and from there into the
@@ -50,7 +51,7 @@ MORE = {
     "double forward", "offline-trained PRM, online", "no filter", "REINFORCE, outcomes", "REINFORCE, PRIME",
     "GRPO, outcomes", "GRPO, PRIME", "PPO, outcomes", "PPO, PRIME", "PRIME as value model", "offline PRM",
     "control: shuffled over tokens", "control: process weight 0",
-    "PPO, Q-RM", "PPO, ORM", "PPO, DPO-RM", "Q-RM, beta 0.2"}
+    "PPO, Q-RM", "PPO, ORM", "PPO, DPO-RM", "Q-RM, beta 0.2", "prime-again"}
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t at 97.5%, by number of seeds
 
 
@@ -414,16 +415,17 @@ PRIME = {"outcomes only": OFF,
          "control: process weight 0": ["--process_weight", "0"]}
 
 
-def curves(args, script, settings, prefix):
+def curves(args, script, settings, prefix, first_seed=0):
     """Runs of an RL script on the hard level under every setting and seed -> {setting: {"curve": of each seed, and means
     over ten steps of what the run's metrics have: key: of each seed}}."""
     size, model, settings = SMALL if args.quick else LIMITS, policy(args, "builtin-hard"), chosen(args, settings)
     settings = dict(list(settings.items())[:4]) if args.quick else settings
-    outs = {(name, s): f"{args.place}/{prefix}-{slug(name)}-{s}" for s in range(args.seeds) for name in settings}
+    seeds = range(first_seed, first_seed + args.seeds)
+    outs = {(name, s): f"{args.place}/{prefix}-{slug(name)}-{s}" for s in seeds for name in settings}
     run(args, [(out, [script, "--model", model, *size, "--seed", str(s), *settings[name]]) for (name, s), out in outs.items()])
     results = {}
     for name in settings:
-        folders = [outs[name, s] for s in range(args.seeds)]
+        folders = [outs[name, s] for s in seeds]
         results[name] = {"curve": [curve(out) for out in folders]}
         for key in ("verifiable", "pair_accuracy", "prm_auroc", "truncated"):
             if any(key in row for row in metrics(folders[0])):
@@ -453,13 +455,21 @@ def rl(args):
     return curves(args, "rl_minimal.py", {name: [paths.get(o, o) for o in options] for name, options in RL.items()}, "rl")
 
 
-def prime(args):
+def prime(args, settings=PRIME, first_seed=0):
     offline = f"{args.place}/prime-offline"  # a PRM trained on the initial policy's samples alone: the policy's lr is 0
     size = SMALL if args.quick else [*LIMITS, "--problems", "5000", "--prompts_per_step", "32", "--steps", "150"]
     run(args, [(offline, ["prime_minimal.py", "--model", policy(args, "builtin-hard"), *size, *SOME, "--eval_every", "0",
                           "--seed", "100", "--lr", "0"])])
-    return curves(args, "prime_minimal.py", {name: [offline + "/prm" if o == "offline" else o for o in options]
-                                             for name, options in PRIME.items()}, "prime", SOME)
+    settings = {name: [*SOME, *(offline + "/prm" if o == "offline" else o for o in options)]
+                for name, options in settings.items()}
+    return curves(args, "prime_minimal.py", settings, "prime", first_seed)
+
+
+def prime_again(args):
+    """The row that won, and what it is compared with, under seeds that nobody had seen when it was chosen."""
+    names = ("outcomes only", "policy reference, offline-trained PRM, online",
+             "control: policy reference, offline-trained PRM, shuffled")
+    return prime(args, {name: PRIME[name] for name in names}, first_seed=args.seeds)
 
 
 SHORT = {"outcomes only": OFF, "PRIME": [], "policy reference": ["--reference", "policy"],
@@ -594,33 +604,41 @@ def prime_tables(results):
 # All together.
 
 def draw(results):
-    """All figures that the results allow, to figures/."""
+    """All figures that the results allow, to figures/. A title says what the committed results show."""
     at = lambda name: os.path.join(ROOT, "figures", name + ".svg")  # noqa: E731
     if found := results.get("tdrm"):
-        figures.traces(at("traces"), "Values along held-out solutions", found["traces"], "step", "value")
-        figures.boxes(at("td-error"), "TD error by step: quantiles 5, 25, 50, 75, 95%", found["td_error_by_step"], "step", "TD error")
+        figures.traces(at("traces"), "TDRM's values look ahead\nalong three held-out solutions", found["traces"], "step", "value")
+        figures.boxes(at("td-error"), "TD errors hardly differ\nby step: quantiles 5, 25, 50, 75, 95%; cut at 1",
+                      found["td_error_by_step"], "step", "TD error")
     if found := results.get("search"):
         across = lambda key, xs: {m: [(x, *spread(found[key.format(x, m)])) for x in xs] for m in METHODS}  # noqa: E731
-        figures.lines(at("greedy-search"), "Greedy search: accuracy by branching (95% intervals)",
-                      across("greedy search {}, {} @ 1", (2, 4, 8, 16)), "next steps sampled from each prefix", "accuracy", log_x=True)
-        figures.lines(at("best-of-n"), "Best-of-n: accuracy by samples (95% intervals)",
-                      across("best-of-n, {1} @ {0}", (2, 4, 8, 16, 32, 64)), "samples", "accuracy", log_x=True)
+        alone = ("one sample", spread(found["pass@1 @ 1"])[0])
+        figures.lines(at("greedy-search"), "Search wants a value for every step\ngreedy search on 1000 held-out problems; "
+                      "95% intervals", across("greedy search {}, {} @ 1", (2, 4, 8, 16)), "next steps sampled from each prefix",
+                      "accuracy", log_x=True, level=alone)
+        figures.lines(at("best-of-n"), "The best of many samples is the reward model's worst error\nbest-of-n on 1000 held-out "
+                      "problems; 95% intervals", across("best-of-n, {1} @ {0}", (2, 4, 8, 16, 32, 64)), "samples", "accuracy",
+                      log_x=True, level=alone)
     if found := results.get("budget"):
-        figures.lines(at("budget"), "Greedy search (b = 8) by tokens spent on training data (95% intervals)",
+        figures.lines(at("budget"), "BUDGET\ngreedy search, b = 8, on 500 held-out problems; 95% intervals",
                       {name: [(int(b), *spread(r["greedy"])) for b, r in rows.items()] for name, rows in found.items()},
                       "tokens sampled for data and labels", "accuracy", log_x=True)
-    some = ["outcomes only", "PRIME", "offline PRM", "policy reference", "policy reference, offline-trained PRM, online",
-            "control: policy reference, offline-trained PRM, shuffled"]
-    for part, names in (("rl", list(RL)), ("prime", some), ("qrm-rl", None)):
+    for part, finding, names in (
+            ("rl", "RL", list(RL)),
+            ("prime", "PRIME gains with the policy as reference and a trained PRM",
+             ["outcomes only", "PRIME", "offline PRM", "policy reference", "policy reference, offline-trained PRM, online",
+              "control: policy reference, offline-trained PRM, shuffled"]),
+            ("qrm-rl", "Of reward models from pairs, the log-ratio teaches", list(results.get("qrm-rl", ())))):
         if found := results.get(part):
-            figures.lines(at(part), "Held-out pass@1, hard level (95% intervals)",
-                          {name: [(points[0][0], *spread([p[1] for p in points])) for points in zip(*row["curve"])]
-                           for name, row in found.items() if names is None or name in names}, "questions seen", "pass@1")
+            figures.lines(at(part), finding + "\npass@1 on held-out questions of 8 to 14 operations; 95% intervals",
+                          {name: [(points[0][0], *spread([p[1] for p in points])) for points in zip(*found[name]["curve"])]
+                           for name in names if name in found}, "questions seen", "pass@1")
 
 
 # Part: what runs it, and the tables of its results as (marker in the README, lines).
 PARTS = {"tdrm": (tdrm, tdrm_tables), "search": (search, search_tables), "sweep": (sweep, sweep_tables),
          "budget": (budget, budget_tables), "rl": (rl, rl_tables), "prime": (prime, prime_tables),
+         "prime-again": (prime_again, lambda results: [("prime-again", curve_table(results, "outcomes only"))]),
          "prime-short": (prime_short, lambda results: [("prime-short", curve_table(results, "outcomes only"))]),
          "qrm": (qrm, qrm_tables),
          "qrm-rl": (qrm_rl, lambda results: [("qrm-rl", curve_table(results, "REINFORCE, ORM", rising=False))])}
@@ -655,7 +673,7 @@ def main():
     if os.path.exists(path) and not args.quick:
         with open(path) as f:
             results = json.load(f)
-    for part in args.parts or PARTS:
+    for part in args.parts or [part for part in PARTS if args.more or part not in MORE]:
         if part in PARTS:
             new = PARTS[part][0](args)
             results[part] = results.get(part, {}) | new  # rows that were not run now stay
