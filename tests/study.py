@@ -620,7 +620,8 @@ def draw(results):
                       "problems; 95% intervals", across("best-of-n, {1} @ {0}", (2, 4, 8, 16, 32, 64)), "samples", "accuracy",
                       log_x=True, level=alone)
     if found := results.get("budget"):
-        figures.lines(at("budget"), "BUDGET\ngreedy search, b = 8, on 500 held-out problems; 95% intervals",
+        figures.lines(at("budget"), "For the same tokens, outcomes teach more than step labels\ngreedy search, b = 8, on "
+                      "500 held-out problems; 95% intervals",
                       {name: [(int(b), *spread(r["greedy"])) for b, r in rows.items()] for name, rows in found.items()},
                       "tokens sampled for data and labels", "accuracy", log_x=True)
     for part, finding, names in (
