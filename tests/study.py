@@ -48,6 +48,7 @@ MORE = {
     "TDRM, lambda 0.9", "TDRM, gamma 0.6", "outcomes only, TDRM n = 3", "2 rollouts", "15% of the labels flipped",
     "TDRM, n = 2", "8 rollouts", "8 to 14 operations",
     "ScalarPRM blend", "TDRM blend, on-policy", "PRM-only, on-policy",
+    "rule-only, lr 3e-4", "TDRM blend, lr 3e-4", "TDRM blend, dr_grpo, lr 3e-4",
     "double forward", "offline-trained PRM, online", "no filter", "REINFORCE, outcomes", "REINFORCE, PRIME",
     "GRPO, outcomes", "GRPO, PRIME", "PPO, outcomes", "PPO, PRIME", "PRIME as value model", "offline PRM",
     "control: shuffled over tokens", "control: process weight 0",
@@ -393,7 +394,10 @@ RL = {"rule-only": ["--alpha", "1"],
       "TDRM blend, on-policy": ["--prm", "tdrm", "--prm_lr", "3e-4"],
       "TDRM blend, dr_grpo": ["--prm", "tdrm", "--estimator", "dr_grpo"],
       "PRM-only": ["--prm", "tdrm", "--alpha", "0"],
-      "PRM-only, on-policy": ["--prm", "tdrm", "--alpha", "0", "--prm_lr", "3e-4"]}
+      "PRM-only, on-policy": ["--prm", "tdrm", "--alpha", "0", "--prm_lr", "3e-4"],
+      "rule-only, lr 3e-4": ["--alpha", "1", "--lr", "3e-4"],
+      "TDRM blend, lr 3e-4": ["--prm", "tdrm", "--lr", "3e-4"],
+      "TDRM blend, dr_grpo, lr 3e-4": ["--prm", "tdrm", "--estimator", "dr_grpo", "--lr", "3e-4"]}
 
 OFF = ["--prm", "none"]
 SOME = ["--accuracy", "0.1", "0.9"]  # of 8 responses, one right is already something to learn from
@@ -625,7 +629,8 @@ def draw(results):
                       {name: [(int(b), *spread(r["greedy"])) for b, r in rows.items()] for name, rows in found.items()},
                       "tokens sampled for data and labels", "accuracy", log_x=True)
     for part, finding, names in (
-            ("rl", "RL", list(RL)),
+            ("rl", "A reward model alone is gamed; blended with the verifier, it does not help",
+             [name for name in RL if "lr 3e-4" not in name]),
             ("prime", "PRIME gains with the policy as reference and a trained PRM",
              ["outcomes only", "PRIME", "offline PRM", "policy reference", "policy reference, offline-trained PRM, online",
               "control: policy reference, offline-trained PRM, shuffled"]),
