@@ -293,8 +293,20 @@ def naive_beam_search(model, prm, tokenizer, problem, keep, expand, max_steps=12
     return tokenizer.decode(kept[0][1][len(prompt):], skip_special_tokens=True)
 
 
-def both_levels():
-    """Folder of a policy that answers questions of both built-in levels, in 20 to 90 tokens; trained if it is not there."""
+def widened(policy, size):
+    """The same function with more arithmetic: MLPs of `size` units, the new ones zero."""
+    config = copy.deepcopy(policy.config)
+    config.intermediate_size = size
+    wide, state = transformers.Qwen2ForCausalLM(config).eval(), policy.state_dict()
+    with torch.no_grad():
+        for name, weight in wide.state_dict().items():
+            weight.zero_()[tuple(map(slice, state[name].shape))] = state[name]
+    return wide
+
+
+def both_levels(policy):
+    """Folder of a policy that answers questions of both built-in levels, in 20 to 90 tokens: the built-in one, trained on
+    if it is not there yet."""
     out = os.path.join("runs", "bench-both-levels")
     if not os.path.isdir(os.path.join(out, "model")):
         os.makedirs(out, exist_ok=True)
@@ -303,7 +315,7 @@ def both_levels():
             for level in data.LEVELS:
                 for row in data.make_trajectories(data.make_problems(20_000, "train", 0, level), 1, level=level):
                     f.write(json.dumps({key: row[key] for key in ("prompt", "completions", "answer")}) + "\n")
-        sft.main(sft.Config(data=(path,), out=out, eval_problems=100, resume=True), ENV)
+        sft.main(sft.Config(model=policy, data=(path,), out=out, eval_problems=100, resume=True), ENV)
     return os.path.join(out, "model")
 
 
@@ -346,7 +358,7 @@ def part_search(args):
             padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
             start = time.perf_counter()
             policy.generate(**padded, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=8,
-                            max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+                            max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=tokenizer.pad_token_id)
             return 128 / (time.perf_counter() - start)
 
         def mine():
@@ -362,11 +374,14 @@ def part_search(args):
 
     print("sample(): responses a second, 16 prompts x 8, against transformers' generate; predicted: padded / real tokens")
     sampling("built-in policy", model)
-    if not args.quick:  # short and long responses of a policy that means them: 12 short questions, 4 long ones
-        asked = [p["question"] for n, level in zip((12, 4), data.LEVELS) for p in data.make_problems(n, "test", level=level)]
+    if not args.quick:  # short and long responses of a policy that means them
         with torch.enable_grad():
-            folder = both_levels()
-        sampling("short and long questions", AutoModelForCausalLM.from_pretrained(folder).eval(), 128, asked)
+            both = AutoModelForCausalLM.from_pretrained(both_levels(folder)).eval()
+        for short, long in (8, 8), (12, 4):
+            asked = [p["question"] for n, level in zip((short, long), data.LEVELS)
+                     for p in data.make_problems(n, "test", level=level)]
+            for title, policy in ("", both), (", 3M parameters", widened(both, 8192)):
+                sampling(f"{short} short, {long} long{title}", policy, 128, asked)
     even, wide = copy.deepcopy(model), wide_policy(len(tokenizer), 64 if args.quick else 256)
     for title, policy in ("random texts", even), ("random texts, 4M parameters", wide):
         policy.eval().lm_head.weight.zero_()  # every token as likely as the end: lengths from 1 to over 100

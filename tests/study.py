@@ -46,7 +46,7 @@ from scorers import load_scorer  # noqa: E402
 
 MORE = {
     "TDRM, lambda 0.9", "TDRM, gamma 0.6", "outcomes only, TDRM n = 3", "2 rollouts", "15% of the labels flipped",
-    "TDRM, n = 2", "8 rollouts", "8 to 14 operations",
+    "TDRM, n = 2", "TDRM, gamma 1", "8 rollouts", "8 to 14 operations",
     "ScalarPRM blend", "TDRM blend, on-policy", "PRM-only, on-policy",
     "rule-only, lr 3e-4", "TDRM blend, lr 3e-4", "TDRM blend, dr_grpo, lr 3e-4",
     "double forward", "offline-trained PRM, online", "no filter", "REINFORCE, outcomes", "REINFORCE, PRIME",
@@ -419,14 +419,17 @@ PRIME = {"outcomes only": OFF,
          "control: process weight 0": ["--process_weight", "0"]}
 
 
-def curves(args, script, settings, prefix, first_seed=0):
+def curves(args, script, settings, prefix, first_seed=0, first=()):
     """Runs of an RL script on the hard level under every setting and seed -> {setting: {"curve": of each seed, and means
-    over ten steps of what the run's metrics have: key: of each seed}}."""
+    over ten steps of what the run's metrics have: key: of each seed}}. `first`: runs whose folders some settings name."""
     size, model, settings = SMALL if args.quick else LIMITS, policy(args, "builtin-hard"), chosen(args, settings)
     settings = dict(list(settings.items())[:4]) if args.quick else settings
     seeds = range(first_seed, first_seed + args.seeds)
     outs = {(name, s): f"{args.place}/{prefix}-{slug(name)}-{s}" for s in seeds for name in settings}
-    run(args, [(out, [script, "--model", model, *size, "--seed", str(s), *settings[name]]) for (name, s), out in outs.items()])
+    commands = [(out, [script, "--model", model, *size, "--seed", str(s), *settings[name]]) for (name, s), out in outs.items()]
+    waits = lambda options: any(o.startswith(out) for o in options for out, _ in first)  # noqa: E731
+    run(args, [*first, *(c for c in commands if not waits(c[1]))])
+    run(args, commands)
     results = {}
     for name in settings:
         folders = [outs[name, s] for s in seeds]
@@ -462,11 +465,11 @@ def rl(args):
 def prime(args, settings=PRIME, first_seed=0):
     offline = f"{args.place}/prime-offline"  # a PRM trained on the initial policy's samples alone: the policy's lr is 0
     size = SMALL if args.quick else [*LIMITS, "--problems", "5000", "--prompts_per_step", "32", "--steps", "150"]
-    run(args, [(offline, ["prime_minimal.py", "--model", policy(args, "builtin-hard"), *size, *SOME, "--eval_every", "0",
-                          "--seed", "100", "--lr", "0"])])
+    first = [(offline, ["prime_minimal.py", "--model", policy(args, "builtin-hard"), *size, *SOME, "--eval_every", "0",
+                        "--seed", "100", "--lr", "0"])]
     settings = {name: [*SOME, *(offline + "/prm" if o == "offline" else o for o in options)]
                 for name, options in settings.items()}
-    return curves(args, "prime_minimal.py", settings, "prime", first_seed)
+    return curves(args, "prime_minimal.py", settings, "prime", first_seed, first)
 
 
 def prime_again(args):
