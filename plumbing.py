@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -75,8 +76,11 @@ def launch(main, Config):
         else:
             main(cfg, setup())
     except (BadInput, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # Mostly all processes say the same, and torchrun stops all when one ends: wait for the first to say it.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
         if dist.is_initialized():

@@ -288,6 +288,19 @@ def test_on_two_ranks(script, argv, message, place):
     assert done.stderr.count("exitcode") >= 1 and "SIGKILL" not in report  # the ranks ended by themselves
 
 
+def test_what_only_one_rank_knows(tmp_path):
+    """An error of the second process alone is told, too, and the first does not wait for ever."""
+    (tmp_path / "one.py").write_text(f"import sys; sys.path.insert(0, {ROOT!r})\n"
+                                     "import sft_minimal as sft\n"
+                                     "def main(cfg, env):\n"
+                                     "    if env.rank == 1:\n"
+                                     "        raise sft.BadInput('only here')\n"
+                                     "    sft.barrier(env)\n"
+                                     "sft.launch(main, sft.Config)\n")
+    done = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "one.py"))
+    assert done.returncode == 1 and done.stderr.count("one.py: error: only here") == 1
+
+
 def test_no_import_that_is_not_needed():
     """A script's own imports are torch, numpy and tqdm; transformers comes with the first model, matplotlib with --plot."""
     scripts = "sft_minimal, tdrm_minimal, search_minimal, rl_minimal, prime_minimal, qrm_minimal, estimate"

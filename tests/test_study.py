@@ -12,5 +12,5 @@ def test_quick_study():
     assert result.returncode == 0, result.stderr[-3000:]
     names = [line for line in result.stdout.splitlines() if line and line[0] not in "|-" and " " not in line]
     assert names == ["tdrm", "greedy-search", "best-of-n", "targets", "conditions", "budget-greedy", "budget-best-of-n", "rl", "rl-auroc", "prime",
-                     "prime-pairs", "qrm", "qrm-rl", "prime-short"]
+                     "prime-pairs", "prime-again", "prime-all-seeds", "prime-short", "qrm", "qrm-rl"]
     assert kept == {name: open(os.path.join(ROOT, name)).read() for name in kept}
