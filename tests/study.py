@@ -77,10 +77,12 @@ def execute(out, command):
 def run(args, commands):
     """Run scripts, `jobs` at a time with one thread each, those without a summary.json yet: [(out, [script, option...])...]."""
     todo = [c for c in commands if not os.path.exists(os.path.join(ROOT, c[0], "summary.json"))]
+    if not todo:
+        return
     context = multiprocessing.get_context("forkserver")  # start-up is half of a short run
     context.set_forkserver_preload(["transformers.models.qwen2.modeling_qwen2", "prime_minimal", "qrm_minimal"])
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context, max_tasks_per_child=1) as pool, \
-            tqdm(total=len(todo), desc="runs", disable=not todo) as bar:
+            tqdm(total=len(todo), desc="runs") as bar:
         runs = [pool.submit(execute, *c) for c in todo]
         try:
             for done in concurrent.futures.as_completed(runs):
@@ -381,11 +383,11 @@ def budget_tables(results):
 # --------------------------------------------------------------------------------------------------
 # Reinforcement learning.
 
-LIMITS = ["--data", "builtin-hard", "--problems", "500", "--prompts_per_step", "16", "--steps", "60", "--eval_every", "15",
-          "--max_new_tokens", "100", "--eval_problems", "300", "--lr", "2e-4", "--no-decay", "--show_every", "0",
-          "--save_every", "0"]
+QUIET = ["--show_every", "0", "--save_every", "0"]
+COMMON = ["--prompts_per_step", "16", "--eval_problems", "300", "--lr", "2e-4", "--no-decay", *QUIET]
+LIMITS = ["--data", "builtin-hard", "--problems", "500", "--steps", "60", "--eval_every", "15", "--max_new_tokens", "100", *COMMON]
 SMALL = ["--data", "builtin-hard", "--problems", "40", "--prompts_per_step", "2", "--group_size", "4", "--steps", "2",
-         "--eval_every", "0", "--eval_problems", "8", "--show_every", "0", "--save_every", "0"]
+         "--eval_every", "0", "--eval_problems", "8", *QUIET]
 
 RL = {"rule-only": ["--alpha", "1"],
       "rule-only, dr_grpo": ["--alpha", "1", "--estimator", "dr_grpo"],
@@ -434,9 +436,10 @@ def curves(args, script, settings, prefix, first_seed=0, first=()):
     for name in settings:
         folders = [outs[name, s] for s in seeds]
         results[name] = {"curve": [curve(out) for out in folders]}
+        steps = [metrics(out)[1:] for out in folders]  # the first row is the evaluation before training
         for key in ("verifiable", "pair_accuracy", "prm_auroc", "truncated"):
-            if any(key in row for row in metrics(folders[0])):
-                results[name][key] = [by_tens(out, key) for out in folders]
+            if any(key in row for row in steps[0]):
+                results[name][key] = [by_tens(rows, key) for rows in steps]
     return results
 
 
@@ -447,9 +450,8 @@ def curve(out):
     return [[row.get("questions", 0), row["pass@1"], row["greedy"]] for row in rows]
 
 
-def by_tens(out, key):
+def by_tens(steps, key):
     """Means of a metric over ten steps each; steps without it are left out."""
-    steps = metrics(out)[1:]  # the first row is the evaluation before training
     tens = [[row[key] for row in steps[i:i + 10] if row.get(key) is not None] for i in range(0, len(steps), 10)]
     return [round(float(np.mean(ten)), 4) if ten else math.nan for ten in tens]
 
@@ -482,8 +484,7 @@ def prime_again(args):
 
 SHORT = {"outcomes only": OFF, "PRIME": [], "policy reference": ["--reference", "policy"],
          "policy reference, another seed's PRM": ["--reference", "policy", "--prm", "another"]}
-SHORT_LIMITS = ["--prompts_per_step", "16", "--steps", "100", "--eval_every", "10", "--lr", "2e-4", "--no-decay", *SOME,
-                "--eval_problems", "300", "--show_every", "0", "--save_every", "0"]
+SHORT_LIMITS = ["--steps", "100", "--eval_every", "10", *COMMON, *SOME]
 
 
 def short_runs(args):

@@ -411,11 +411,9 @@ def outcome_gradient(prm, examples):
     total, states = torch.zeros((), dtype=torch.float64), 0
     for e in examples:
         z = prm(input_ids=torch.tensor([e["input_ids"]])).logits[0, :, 0].double()[e["step_ends"]]
-        T = len(z)
-        for t in range(T):
-            y = float(e["correct"])
-            total = total - (y * F.logsigmoid(z[t]) + (1 - y) * F.logsigmoid(-z[t]))
-            states += 1
+        y = float(e["correct"])
+        total = total - (y * F.logsigmoid(z) + (1 - y) * F.logsigmoid(-z)).sum()
+        states += len(z)
     prm.zero_grad()
     (total / states).backward()
     gradient = torch.cat([p.grad.flatten() for p in prm.parameters()])
