@@ -22,32 +22,28 @@ Left out on purpose: packing several trajectories into one row (simple, and fast
     python data.py FILE... [--model NAME_OR_FOLDER]  # what a file holds, and one example as the model will see it
     python data.py --write 4000 > problems.jsonl     # built-in training problems in a file
 """
+
 import argparse
 import collections
-import functools
 import itertools
 import json
-import os
 import random
-import re
-import socket
 import sys
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from answers import answer_key, extract_answer, verify  # noqa: F401  (data.verify is the project's one answer check)
-from formats import BadInput, read_pairs, read_problems, read_trajectories, recognise  # noqa: F401
-from plumbing import in_turn
-
-STEP_END = "\n\n"  # what closes a step in a response; the last step is closed by the end of the response
-
+from parts.answers import extract_answer, verify  # noqa: F401  (these five are what others call data.py for)
+from parts.formats import BadInput, read_pairs, read_problems, read_trajectories, recognise
+from parts.models import STEP_END, encode_prompt, load_tokenizer, token_ids
 
 # --------------------------------------------------------------------------------------------------
 # The built-in task. Everything is a pure function of its seed.
 
-LEVELS = {"builtin": (3, 6, 0.3), "builtin-hard": (8, 14, 0.375)}  # fewest and most operations, share of shaky facts
+# Fewest and most operations, share of shaky facts.
+LEVELS = {"builtin": (3, 6, 0.3), "builtin-hard": (8, 14, 0.375)}
 HABIT_RATE = 0.6  # how often the student follows a wrong habit
 FACTS = [(a, op, b) for a in range(10) for op in "+-*" for b in range(2, 10)]
 
@@ -57,12 +53,18 @@ def digit(a, op, b):
     return {"+": a + b, "-": a - b, "*": a * b}[op] % 10
 
 
-# The student's habits belong to the task, not to a run: the same facts are shaky under every seed.
-_rng = random.Random(0)
-_SHAKY = _rng.sample(FACTS, len(FACTS))
-_WRONG = {fact: (digit(*fact) + _rng.randint(1, 9)) % 10 for fact in _SHAKY}
-HABITS = {level: {fact: _WRONG[fact] for fact in _SHAKY[:round(share * len(FACTS))]}
-          for level, (_, _, share) in LEVELS.items()}
+def make_habits():
+    """{level: {fact: wrong digit}}. The habits belong to the task, not to a run: they are the same under every seed."""
+    rng = random.Random(0)
+    shaky = rng.sample(FACTS, len(FACTS))
+    wrong = {fact: (digit(*fact) + rng.randint(1, 9)) % 10 for fact in shaky}
+    habits = {}
+    for level, (_, _, share) in LEVELS.items():
+        habits[level] = {fact: wrong[fact] for fact in shaky[: round(share * len(FACTS))]}
+    return habits
+
+
+HABITS = make_habits()
 
 
 def student(value, operations, rng, habits):
@@ -70,14 +72,16 @@ def student(value, operations, rng, habits):
     digits = []
     for op, operand in operations:
         wrong = habits.get((value, op, operand))
-        value = wrong if wrong is not None and rng.random() < HABIT_RATE else digit(value, op, operand)
+        follows = wrong is not None and rng.random() < HABIT_RATE
+        value = wrong if follows else digit(value, op, operand)
         digits.append(value)
     return digits
 
 
 def parse_question(question):
     """'7+8*3' -> (7, [('+', 8), ('*', 3)])."""
-    return int(question[0]), [(question[i], int(question[i + 1])) for i in range(1, len(question), 2)]
+    operations = [(question[i], int(question[i + 1])) for i in range(1, len(question), 2)]
+    return int(question[0]), operations
 
 
 def is_test(question):
@@ -88,16 +92,17 @@ def is_test(question):
 def make_problems(n, split="train", seed=0, level="builtin"):
     """`n` different built-in problems {"question", "answer"} of one split ("train" or "test")."""
     low, high, _ = LEVELS[level]
-    rng, seen = random.Random(f"{level} {split} {seed}"), {}
-    while len(seen) < n:
-        length = rng.randint(low, high)
-        question = str(rng.randint(0, 9)) + "".join(rng.choice("+-*") + str(rng.randint(2, 9)) for _ in range(length))
-        if is_test(question) == (split == "test") and question not in seen:
+    rng, answers = random.Random(f"{level} {split} {seed}"), {}
+    while len(answers) < n:
+        length, question = rng.randint(low, high), str(rng.randint(0, 9))
+        for _ in range(length):
+            question += rng.choice("+-*") + str(rng.randint(2, 9))
+        if is_test(question) == (split == "test") and question not in answers:
             value, operations = parse_question(question)
             for op, operand in operations:
                 value = digit(value, op, operand)
-            seen[question] = str(value)
-    return [{"question": q, "answer": a} for q, a in seen.items()]
+            answers[question] = str(value)
+    return [{"question": question, "answer": answer} for question, answer in answers.items()]
 
 
 def make_trajectories(problems, samples=1, label_rollouts=0, label_kind="hard", seed=0, level="builtin"):
@@ -113,20 +118,30 @@ def make_trajectories(problems, samples=1, label_rollouts=0, label_kind="hard", 
         answer = int(problem["answer"])
         for _ in range(samples):
             digits = student(start, operations, rng, habits)
-            befores = [start] + digits[:-1]
-            steps = [f"{a}{op}{b}={c}" for a, (op, b), c in zip(befores, operations, digits)]
+            steps, errors, before = [], [], start
+            for (op, operand), after in zip(operations, digits):
+                steps.append(f"{before}{op}{operand}={after}")
+                errors.append(digit(before, op, operand) != after)
+                before = after
             correct, labels = digits[-1] == answer, None
             if label_rollouts:
                 labels = []
                 for t, value in enumerate(digits[:-1]):
-                    ends = [student(value, operations[t + 1:], rng, habits)[-1] for _ in range(label_rollouts)]
+                    rest = operations[t + 1 :]
+                    ends = [student(value, rest, rng, habits)[-1] for _ in range(label_rollouts)]
                     hits = ends.count(answer)
                     labels.append(hits / label_rollouts if label_kind == "soft" else float(hits > 0))
                 labels += [float(correct)] * 2  # from the last result on nothing is left to chance
-            first_error = next((t for t, (a, (op, b), c) in enumerate(zip(befores, operations, digits))
-                                if digit(a, op, b) != c), -1)
-            rows.append({"prompt": problem["question"], "completions": steps + [f"\\boxed{{{digits[-1]}}}"],
-                         "labels": labels, "answer": problem["answer"], "correct": correct, "first_error": first_error})
+            rows.append(
+                {
+                    "prompt": problem["question"],
+                    "completions": steps + [f"\\boxed{{{digits[-1]}}}"],
+                    "labels": labels,
+                    "answer": problem["answer"],
+                    "correct": correct,
+                    "first_error": errors.index(True) if any(errors) else -1,
+                }
+            )
     return rows
 
 
@@ -134,60 +149,55 @@ def builtin_tokenizer():
     """The built-in task's tokenizer: an ordinary `PreTrainedTokenizerFast` with pad, eos and a chat template, made
     offline, so that the built-in policy and a 7B model take the same path through every script."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    special = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
-    vocab = special + list("0123456789+-*=}") + ["\\boxed{", STEP_END]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocab)}, unk_token="<unk>"))
+
+    vocab = SPECIAL + list("0123456789+-*=}") + ["\\boxed{", STEP_END]
+    numbered = {token: i for i, token in enumerate(vocab)}
+    tokenizer = Tokenizer(models.WordLevel(numbered, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|\n\n|."), "isolated")
     tokenizer.decoder = decoders.Fuse()  # no spaces between the tokens
-    return _fast_tokenizer(tokenizer, special)
+    return as_fast_tokenizer(tokenizer)
 
 
 def byte_tokenizer():
     """A tokenizer that spells any text in bytes: for looking at files without a model, and for tests."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    special = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
-    vocab = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+
+    vocab = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return _fast_tokenizer(tokenizer, special)
+    return as_fast_tokenizer(tokenizer)
 
 
-def _fast_tokenizer(tokenizer, special):
+SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<assistant>' if m.role == 'assistant' else '<user>' }}"
+    "{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def as_fast_tokenizer(tokenizer):
     from transformers import PreTrainedTokenizerFast
-    pad, eos, unk, user, assistant = special
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, unk_token=unk,
-                                   additional_special_tokens=[user, assistant], clean_up_tokenization_spaces=False)
-    fast.chat_template = ("{% for m in messages %}{{ '<assistant>' if m.role == 'assistant' else '<user>' }}"
-                          "{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
-                          "{% if add_generation_prompt %}<assistant>{% endif %}")
+
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    names["additional_special_tokens"] = ["<user>", "<assistant>"]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names
+    )
+    fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def builtin_level(paths):
+    """The built-in level that --data names, or None where it names files."""
+    if len(paths) > 1 and set(paths) & set(LEVELS):
+        raise BadInput(f"--data {' '.join(paths)}: the built-in task and files do not mix")
+    return paths[0] if paths[0] in LEVELS else None
 
 
 # --------------------------------------------------------------------------------------------------
 # Text to token ids: steps tokenised one by one, their ends remembered.
-
-def split_steps(text):
-    """Cut a response into its steps: the pieces between blank lines, stripped, empty ones left out."""
-    return [step.strip() for step in re.split(r"\n[^\S\n]*\n", text) if step.strip()]
-
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt (a question, or a list of chat messages) up to where the response begins.
-
-    The model's own chat template where it has one; a base model without one gets the bare text and a blank line.
-    """
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
-    text = prompt if isinstance(prompt, str) else STEP_END.join(message["content"] for message in prompt)
-    return list(tokenizer(text + STEP_END)["input_ids"])
-
-
-@functools.lru_cache(100_000)
-def token_ids(tokenizer, text):
-    """Ids of a step's text. Cached: steps recur in sampled data."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_trajectory(tokenizer, prompt, steps, eos=False):
@@ -199,68 +209,104 @@ def encode_trajectory(tokenizer, prompt, steps, eos=False):
     input_ids, step_ends = encode_prompt(tokenizer, prompt), []
     prompt_length = len(input_ids)
     for t, step in enumerate(steps):
-        input_ids += token_ids(tokenizer, step + STEP_END if t < len(steps) - 1 else step)
+        closed = step + STEP_END if t < len(steps) - 1 else step
+        input_ids += token_ids(tokenizer, closed)
         step_ends.append(len(input_ids) - 1)
-    return input_ids + [tokenizer.eos_token_id] * eos, prompt_length, step_ends
+    if eos:
+        input_ids.append(tokenizer.eos_token_id)
+    return input_ids, prompt_length, step_ends
 
 
-def encode_rows(rows, tokenizer, max_length, eos=False):
-    """Trajectory rows -> examples, number dropped. An example is a row plus "input_ids", "prompt_length", "step_ends".
+@dataclass
+class Example:
+    """A trajectory in token ids, with what is known of it. Its length is that of `input_ids`."""
 
-    A trajectory longer than `max_length` tokens is dropped and counted: cut on the right it would lose its last step,
+    prompt: object  # text, or chat messages
+    completions: list  # the steps' texts
+    input_ids: list
+    prompt_length: int
+    step_ends: list  # index in input_ids of each step's last token
+    labels: list | None = None  # a float in [0, 1] for each step, or None
+    correct: bool | None = None  # is the final answer right? None: unknown
+    first_error: int | None = None  # index of the first wrong step, -1: there is none, None: unknown
+    answer: str | None = None
+    source: str = ""  # FILE:LINE
+
+    def __len__(self):
+        return len(self.input_ids)
+
+
+def encode_rows(rows, encode, max_length):
+    """Trajectory rows -> Examples, number left out. `encode(prompt, steps)` gives ids as encode_trajectory does; a reward
+    model brings its own.
+
+    A trajectory longer than `max_length` tokens is left out and counted: cut on the right it would lose its last step,
     the one its outcome belongs to; cut on the left it would lose the question. Raises BadInput if none is left.
     """
     examples, longest, count = [], 0, 0
+    known = ("labels", "correct", "first_error", "answer", "source")
     for count, row in enumerate(rows, 1):
-        input_ids, prompt_length, step_ends = encode_trajectory(tokenizer, row["prompt"], row["completions"], eos)
+        input_ids, *places = encode(row["prompt"], row["completions"])
         longest = max(longest, len(input_ids))
         if len(input_ids) <= max_length:
-            examples.append(row | {"input_ids": input_ids, "prompt_length": prompt_length, "step_ends": step_ends})
+            facts = {name: row[name] for name in known if name in row}
+            examples.append(Example(row["prompt"], row["completions"], input_ids, *places, **facts))
     if not count:
-        raise BadInput("--data or --eval: no trajectory to learn from or to evaluate on "
-                       "(no rated step, or only wrong solutions to imitate)")
+        why = "no rated step, or only wrong solutions to imitate"
+        raise BadInput(f"--data or --eval: no trajectory to learn from or to evaluate on ({why})")
     if not examples:
-        raise BadInput(f"--max_length {max_length}: none of the {count} trajectories fits; "
-                       f"the longest has {longest} tokens")
+        what = f"none of the {count} trajectories fits; the longest has {longest} tokens"
+        raise BadInput(f"--max_length {max_length}: {what}")
     return examples, count - len(examples)
 
 
 def hold_out(rows, fraction=0.05):
     """-> train rows, held-out rows, cut by question: none is in both. The cut depends on the questions' texts alone."""
-    key = lambda row: zlib.crc32(str(row.get("prompt") or row["question"]).encode())  # noqa: E731
+
+    def key(row):
+        return zlib.crc32(str(row.get("prompt") or row["question"]).encode())
+
     keys = sorted({key(row) for row in rows})
     if len(keys) < 2:
-        raise BadInput("--data: all trajectories have the same question; at least two are needed to hold one out "
-                       "(or give --eval)")
-    held_out = set(keys[:max(1, int(len(keys) * fraction))])
-    return [row for row in rows if key(row) not in held_out], [row for row in rows if key(row) in held_out]
+        what = "all trajectories have the same question; at least two are needed to hold one out"
+        raise BadInput(f"--data: {what} (or give --eval)")
+    held_out = set(keys[: max(1, int(len(keys) * fraction))])
+    train = [row for row in rows if key(row) not in held_out]
+    return train, [row for row in rows if key(row) in held_out]
 
 
 # --------------------------------------------------------------------------------------------------
 # Examples to tensors, and the order in which batches come.
 
-def collate(examples, pad_id):
+
+def collate(examples, pad_id, device="cpu"):
     """Right-padded tensors of B examples with up to T tokens and S steps.
 
     -> input_ids, attention_mask (B, T); response_mask (B, T-1), True where the *next* token belongs to the response;
        step_ends (B, S) indices into T; step_mask (B, S); labels (B, S), 0 where there are none; outcomes (B,).
     """
-    B, T = len(examples), max(len(e["input_ids"]) for e in examples)
-    S = max(len(e["step_ends"]) for e in examples)
+    B, T, S = len(examples), max(map(len, examples)), max(len(e.step_ends) for e in examples)
     input_ids, attention_mask = np.full((B, T), pad_id), np.zeros((B, T), dtype=np.int64)
     response_mask = np.zeros((B, T - 1), dtype=bool)
     step_ends, step_mask = np.zeros((B, S), dtype=np.int64), np.zeros((B, S), dtype=bool)
-    labels = np.zeros((B, S), dtype=np.float32)
+    labels, outcomes = np.zeros((B, S), dtype=np.float32), np.zeros(B, dtype=np.float32)
     for b, e in enumerate(examples):
-        tokens, steps = len(e["input_ids"]), len(e["step_ends"])
-        input_ids[b, :tokens], attention_mask[b, :tokens] = e["input_ids"], 1
-        response_mask[b, e["prompt_length"] - 1:tokens - 1] = True
-        step_ends[b, :steps], step_mask[b, :steps] = e["step_ends"], True
-        labels[b, :steps] = e["labels"] if e.get("labels") is not None else 0
-    outcomes = np.array([float(e.get("correct") or 0) for e in examples], dtype=np.float32)
-    arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "response_mask": response_mask,
-              "step_ends": step_ends, "step_mask": step_mask, "labels": labels, "outcomes": outcomes}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tokens, steps = len(e), len(e.step_ends)
+        input_ids[b, :tokens], attention_mask[b, :tokens] = e.input_ids, 1
+        response_mask[b, e.prompt_length - 1 : tokens - 1] = True
+        step_ends[b, :steps], step_mask[b, :steps] = e.step_ends, True
+        labels[b, :steps] = e.labels or 0
+        outcomes[b] = float(e.correct or 0)
+    arrays = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "response_mask": response_mask,
+        "step_ends": step_ends,
+        "step_mask": step_mask,
+        "labels": labels,
+        "outcomes": outcomes,
+    }
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
 def batches(lengths, batch_size, seed=0, start=0):
@@ -274,88 +320,63 @@ def batches(lengths, batch_size, seed=0, start=0):
     for epoch in itertools.count(start // per_epoch):
         rng = np.random.default_rng([seed, epoch])
         repeats = -(-batch_size // len(lengths))  # fewer rows than a batch: some come twice
-        order = np.concatenate([rng.permutation(len(lengths)) for _ in range(repeats)])[:per_epoch * batch_size]
-        window = 50 * batch_size
+        order = np.concatenate([rng.permutation(len(lengths)) for _ in range(repeats)])
+        order, window = order[: per_epoch * batch_size], 50 * batch_size
         windows = np.split(order, range(window, len(order), window))
         order = np.concatenate([w[np.argsort(lengths[w], kind="stable")] for w in windows])
-        for i in rng.permutation(per_epoch)[start % per_epoch if epoch == start // per_epoch else 0:]:
-            yield order[i * batch_size:(i + 1) * batch_size].tolist()
-
-
-# --------------------------------------------------------------------------------------------------
-# Tokenizers and models by name.
-
-def from_pretrained(load, name, **options):
-    """`load(name)` for a folder or a Hugging Face name, local files first. An unknown name is a BadInput within
-    seconds, where the library alone would retry for half a minute on every process."""
-    try:
-        return load(name, local_files_only=True, **options)
-    except Exception as error:  # damaged files raise almost anything: TypeError, RuntimeError, SafetensorError
-        if os.path.isdir(name) or os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
-            reason = (str(error).splitlines() or [type(error).__name__])[0] if os.path.isdir(name) else "no such folder"
-            raise BadInput(f"--model {name}: {reason}; wanted: a Hugging Face model folder or name") from None
-    try:
-        socket.getaddrinfo(os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0], 443)
-        return load(name, **options)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--model {name}: no such folder, not in the cache, and the hub does not give it "
-                       f"({str(error).splitlines()[0]})") from None
-
-
-def load_model(kind, name, new=(), **options):
-    """A model all of whose weights are in its files. The library would make up missing ones at random; only those whose
-    names begin as in `new` may be."""
-    with in_turn():
-        model, report = from_pretrained(kind.from_pretrained, name, output_loading_info=True, **options)
-        if torch.cuda.is_available():
-            model.cuda()
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith(tuple(new)))
-    if missing:
-        raise BadInput(f"--model {name}: {len(missing)} weights are not in its files, {missing[0]} for one")
-    return model
-
-
-def builtin_level(paths):
-    """The built-in level that --data names, or None where it names files."""
-    if len(paths) > 1 and set(paths) & set(LEVELS):
-        raise BadInput(f"--data {' '.join(paths)}: the built-in task and files do not mix")
-    return paths[0] if paths[0] in LEVELS else None
-
-
-def check_ids(model, examples, name):
-    """BadInput where the tokenizer has ids the model has no embeddings for (on a GPU: an assertion in a kernel)."""
-    largest, known = max(max(e["input_ids"]) for e in examples), model.get_input_embeddings().num_embeddings
-    if largest >= known:
-        raise BadInput(f"--model {name}: its tokenizer gives the id {largest}, its weights have {known} embeddings")
-
-
-def load_tokenizer(name):
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-    # One saved as the generic class is loaded as such: for some families (Qwen2 is one) AutoTokenizer would put the
-    # family's own splitting rules in its place, and blank lines would vanish without a word.
-    kind = from_pretrained(get_tokenizer_config, name).get("tokenizer_class")
-    generic = kind in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    tokenizer = from_pretrained((PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained, name)
-    if not tokenizer("1", add_special_tokens=False)["input_ids"]:  # what the library makes up without tokenizer.json
-        raise BadInput(f"--model {name}: its tokenizer has no tokens; wanted: a folder with tokenizer.json or the like")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # safe: masks come from lengths, never from ids
-    return tokenizer
+        first = start % per_epoch if epoch == start // per_epoch else 0
+        for i in rng.permutation(per_epoch)[first:]:
+            yield order[i * batch_size : (i + 1) * batch_size].tolist()
 
 
 # --------------------------------------------------------------------------------------------------
 # `python data.py`: look at data before training on it.
 
+
 def show(row, tokenizer):
     """Print one trajectory as the model sees it: each scored token (a step's last) in «», with its step's label."""
-    input_ids, prompt_length, step_ends = encode_trajectory(tokenizer, row["prompt"], row["completions"])
-    labels = row["labels"] or [None] * len(step_ends)
-    text = lambda begin, end: repr(tokenizer.decode(input_ids[begin:end]))[1:-1]  # noqa: E731
-    print(f"  {len(input_ids)} tokens, {prompt_length} of them prompt; outcome: {row['correct']}\n"
-          f"  {text(0, prompt_length)}")
-    for begin, end, label in zip([prompt_length] + [end + 1 for end in step_ends], step_ends, labels):
-        print(f"    {text(begin, end)}«{text(end, end + 1)}»" + ("" if label is None else f"    label {label:g}"))
+    ids, prompt_length, ends = encode_trajectory(tokenizer, row["prompt"], row["completions"])
+    labels = row["labels"] or [None] * len(ends)
+
+    def text(begin, end):
+        return repr(tokenizer.decode(ids[begin:end]))[1:-1]
+
+    print(f"  {len(ids)} tokens, {prompt_length} of them prompt; outcome: {row['correct']}")
+    print(f"  {text(0, prompt_length)}")
+    begin = prompt_length
+    for end, label in zip(ends, labels):
+        note = "" if label is None else f"    label {label:g}"
+        print(f"    {text(begin, end)}«{text(end, end + 1)}»{note}")
+        begin = end + 1
+
+
+def show_builtin(tokenizer):
+    for level, (low, high, _) in LEVELS.items():
+        rows = make_trajectories(make_problems(500, level=level), 4, label_rollouts=4, level=level)
+        share = np.mean([row["correct"] for row in rows])
+        print(f"{level}: {low}-{high} operations, the student is right in {share:.0%}")
+        for correct in (True, False):
+            show(next(row for row in rows if row["correct"] == correct), tokenizer)
+
+
+def show_file(path, tokenizer):
+    kind, name = recognise(path)
+    read = {"trajectories": read_trajectories, "problems": read_problems, "pairs": read_pairs}[kind]
+    first, counts = None, collections.Counter()
+    for row in read(path):  # one at a time: the file may be large
+        first = first or row
+        counts["rows"] += 1
+        if kind == "trajectories":
+            outcome = {True: "right", False: "wrong", None: "of unknown outcome"}[row["correct"]]
+            counts["steps"] += len(row["completions"])
+            counts["with step labels"] += row["labels"] is not None
+            counts[outcome] += 1
+    found = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
+    print(f"{path}: {kind} ({name}); {found}")
+    if kind == "trajectories":
+        show(first, tokenizer)
+    else:
+        print("\n".join(f"  {key}: {value!r}" for key, value in first.items()))
 
 
 def main():
@@ -366,33 +387,12 @@ def main():
     parser.error = lambda message: sys.exit(f"data.py: error: {message}")  # one line, without the usage
     args = parser.parse_args()
     if args.write:
-        return print("\n".join(json.dumps(problem) for problem in make_problems(args.write)))
-    tokenizer = load_tokenizer(args.model) if args.model else builtin_tokenizer()
+        print("\n".join(json.dumps(problem) for problem in make_problems(args.write)))
+        return
     if not args.files:
-        for level in LEVELS:
-            rows = make_trajectories(make_problems(500, level=level), 4, label_rollouts=4, level=level)
-            print(f"{level}: {LEVELS[level][0]}-{LEVELS[level][1]} operations, the student is right in "
-                  f"{np.mean([row['correct'] for row in rows]):.0%}")
-            for row in (next(r for r in rows if r["correct"]), next(r for r in rows if not r["correct"])):
-                show(row, tokenizer)
+        show_builtin(load_tokenizer(args.model) if args.model else builtin_tokenizer())
     for path in args.files:
-        kind, name = recognise(path)
-        rows = {"trajectories": read_trajectories, "problems": read_problems, "pairs": read_pairs}[kind](path)
-        first, counts = None, collections.Counter()
-        for row in rows:  # one at a time: the file may be large
-            first = first or row
-            counts["rows"] += 1
-            if kind == "trajectories":
-                counts["steps"] += len(row["completions"])
-                counts["with step labels"] += row["labels"] is not None
-                counts[{True: "right", False: "wrong", None: "of unknown outcome"}[row["correct"]]] += 1
-        print(f"{path}: {kind} ({name}); " + ", ".join(f"{number} {what}" for what, number in counts.items() if number))
-        if kind == "trajectories":
-            text = str(first["prompt"]) + "".join(first["completions"])
-            spelled = args.model or tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
-            show(first, tokenizer if spelled else byte_tokenizer())
-        else:
-            print("\n".join(f"  {key}: {value!r}" for key, value in first.items()))
+        show_file(path, load_tokenizer(args.model) if args.model else byte_tokenizer())
 
 
 if __name__ == "__main__":

@@ -8,31 +8,30 @@ it is. A ScalarPRM fits each step's own label, so its values jump; an n-step TD 
           `wrong` where not; 0 without labels
     y_t = clamp( r_t + gamma r_t+1 + ... + gamma^(n-1) r_t+n-1 + gamma^n V_t+n,  0, 1 )    td_targets
     y_T = c, the outcome: is the final answer right?
-    loss = mean over all states of the global batch of BCE(V_t, y_t), no gradient through y
+    loss = mean over all states of the global batch of BCE(V_t, y_t), no gradient through y     value_loss
 
 Under causal attention the hidden state at the end of step t does not depend on what follows. So ONE forward over the
 trajectory gives all values, targets and gradients, where the published code runs two over whole prefixes per
 transition. Condition: nothing follows a prefix, so no end-of-turn token closes an unfinished response (data.py).
 
 Without step labels r = 0 and gamma = 1, and n is the whole response unless --n_step says otherwise (y = c at every
-state, Monte Carlo): V then estimates P(correct | state) from outcomes alone. `--method scalar_prm` (BCE on the step
-labels) and `--method scalar_orm` (BCE on the outcome, last step only) are the baselines.
+state, Monte Carlo): V then estimates P(correct | state) from outcomes alone. `--method ScalarPRM` (BCE on the step
+labels) and `--method ScalarORM` (BCE on the outcome, last step only) are the baselines.
 Left out: nothing of the method.
 
     python tdrm_minimal.py                          # built-in task: a table and three solutions, in about two minutes
     torchrun --nproc_per_node=8 tdrm_minimal.py --model Qwen/Qwen2.5-Math-7B --data math_shepherd.jsonl \\
         --eval processbench.jsonl --lr 1e-6 --batch_size 256 --micro_batch_size 4 --grad_checkpoint
-    python tdrm_minimal.py --score solutions.jsonl --model runs/tdrm/model  # every step's value, one JSON line a row
+    python tdrm_minimal.py --score solutions.jsonl --model runs/TDRM/model  # every step's value, one JSON line a row
+
+Files in --out: config.json, metrics.jsonl, summary.json, model/ (a Hugging Face folder), state/ (for --resume).
 """
-import contextlib
-import dataclasses
+
 import itertools
 import json
 import math
 import os
-import sys
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,33 +39,35 @@ import torch.nn.functional as F
 
 import data
 import sft_minimal as sft
-from data import BadInput
-from plumbing import merge
-from scorers import prefix_values
-from sft_minimal import opt
+from parts.formats import BadInput, read_trajectories
+from parts.models import check_ids, load_tokenizer, torch_dtype
+from parts.rewards import load_reward_model, new_reward_model
+from parts.runs import Run, last_checkpoint, launch, opt
+from parts.training import TrainConfig, accumulate_gradients, learning_rate, local_rows
+from parts.training import optimizer_step, prepare
+
+METHODS = ("TDRM", "ScalarPRM", "ScalarORM")
 
 
 @dataclass(frozen=True)
-class Config(sft.TrainConfig):
-    method: str = opt("tdrm", "what the values are trained on", choices=("tdrm", "scalar_prm", "scalar_orm"))
+class Config(TrainConfig):
+    method: str = opt("TDRM", "what the values are trained on", choices=METHODS)
     gamma: float = opt(0.8, "discount of later rewards and values; taken as 1 without step labels", low=0, high=1)
-    n_step: int = opt(0, "n: steps of reward before the target bootstraps from a value (the paper: 1, 2, 3); 0: 3, or "
-                         "without step labels all", low=0)
-    lam: float = opt(-1.0, "TD(lambda) in place of n steps, 0 to 1; negative: n steps", low=-1, high=1)
-    correct: tuple = opt((0.5, 0.2), "shaped reward of a right step at the beginning and at the end of a response")
-    wrong: tuple = opt((-0.5, -1.0), "shaped reward of a wrong step, likewise")
-    terminal_weight: float = opt(1.0, "weight of the last state's loss", low=0)
+    n_step: int | None = opt(None, "n, rewards before a value (paper: 1 to 3); without it: 3, without labels all", low=1)
+    lam: float | None = opt(None, "TD(lambda) in place of n steps", low=0, high=1)
+    correct: tuple[float, float] = opt((0.5, 0.2), "shaped reward of a right step, at a response's beginning and end")
+    wrong: tuple[float, float] = opt((-0.5, -1.0), "shaped reward of a wrong step, likewise")
     lr: float = opt(2e-3, "peak learning rate (for a 7B model: 1e-6)", low=0)
-    eval: tuple = opt((), "trajectory files to evaluate on; empty: questions held out of --data")
+    eval: tuple[str, ...] = opt((), "trajectory files to evaluate on; without it: questions held out of --data")
     problems: int = opt(16_000, "built-in task: training questions, four solutions each", low=1)
     label_rollouts: int = opt(4, "built-in task: rollouts a step label is estimated from; 0: no step labels", low=0)
-    label_kind: str = opt("hard", "built-in task: any rollout right (hard), or share (soft)", choices=("hard", "soft"))
-    score: str = opt("", "trajectory file: print its step values under --model, train nothing")
-    plot: bool = opt(False, "draw the loss and the three solutions' values to plot.png (needs matplotlib)")
+    label_kind: str = opt("hard", "built-in task: any rollout right, or share", choices=("hard", "soft"))
+    score: str | None = opt(None, "trajectory file: print its step values under --model, train nothing")
 
 
 # --------------------------------------------------------------------------------------------------
 # The maths. (B, S) = trajectories by steps; mask is True on real steps, which come first in a row.
+
 
 def shaped_rewards(labels, mask, correct=(0.5, 0.2), wrong=(-0.5, -1.0)):
     """Step labels (B, S) in [0, 1] -> rewards (B, S), 0 outside the mask.
@@ -92,14 +93,14 @@ def td_targets(values, rewards, outcomes, mask, gamma=0.8, n_step=1, lam=None):
     """
     values, mask = values.detach(), mask.bool()
     end = mask & ~F.pad(mask, (0, 1))[:, 1:]  # (B, S), True on each row's last step
-    outcomes = outcomes.to(values.dtype)[:, None]
-    next_of = lambda x: F.pad(x, (0, 1))[:, 1:]  # noqa: E731
+    outcomes = outcomes.to(values.dtype)[:, None]  # (B, 1)
     if lam is None:
         targets = values
         for _ in range(min(n_step, mask.shape[1])):
-            targets = torch.where(end, outcomes, rewards + gamma * next_of(targets))
+            next_targets = F.pad(targets, (0, 1))[:, 1:]
+            targets = torch.where(end, outcomes, rewards + gamma * next_targets)
     else:
-        targets, next_values = torch.zeros_like(values), next_of(values)
+        targets, next_values = torch.zeros_like(values), F.pad(values, (0, 1))[:, 1:]
         following = torch.zeros_like(values[:, 0])
         for t in reversed(range(mask.shape[1])):
             following = rewards[:, t] + gamma * ((1 - lam) * next_values[:, t] + lam * following)
@@ -108,43 +109,11 @@ def td_targets(values, rewards, outcomes, mask, gamma=0.8, n_step=1, lam=None):
     return torch.where(mask, targets, 0.0).clamp(0, 1)
 
 
-def smoothness(values, rewards, mask, gamma):
-    """How smoothly values (B, S) move along trajectories, as a dict of floats:
-
-    abs_delta_v: mean |V_t+1 - V_t|; td_error_mean, td_error_std: of |r_t + gamma V_t+1 - V_t|, t < T;
-    lipschitz: mean over trajectories of the largest |V_t+1 - V_t|, the least L with |V_s - V_t| <= L |s - t|. (The
-    paper divides by a distance between states that it does not define; ours is the number of steps.)
-    """
-    pairs = mask.bool()[:, 1:] & mask.bool()[:, :-1]  # (B, S-1)
-    jump = (values[:, 1:] - values[:, :-1]).abs()
-    error = (rewards[:, :-1] + gamma * values[:, 1:] - values[:, :-1]).abs()[pairs]
-    largest = torch.where(pairs, jump, 0.0).amax(1)[pairs.any(1)] if pairs.shape[1] else jump.flatten()
-    mean = lambda x: x.mean().item() if x.numel() else 0.0  # noqa: E731
-    return {"abs_delta_v": mean(jump[pairs]), "td_error_mean": mean(error),
-            "td_error_std": error.std(correction=0).item() if error.numel() else 0.0, "lipschitz": mean(largest)}
-
-
-# --------------------------------------------------------------------------------------------------
-# The model: a backbone with one number per token, read at the end of each step.
-
-def load_reward_model(name, dtype=torch.float32, seed=0, new_head=True):
-    """A policy, a TDRM, or a published sequence-classifier PRM (same `score.weight`) as a token classifier.
-
-    A policy gets a new head, or is refused where `new_head` is False. Raises BadInput if there is no such model or its
-    head is not a single number.
-    """
-    from transformers import AutoConfig, AutoModelForTokenClassification
-    config = data.from_pretrained(AutoConfig.from_pretrained, name)
-    kind = (config.architectures or [""])[0]
-    if "Reward" in kind or ("Classification" in kind and config.num_labels != 1):
-        raise BadInput(f"--model {name}: a {kind} with {config.num_labels} labels; wanted: a token or sequence "
-                       "classifier with one label, read as the logit of the value")
-    config.num_labels, config.classifier_dropout = 1, 0.0  # the library's 0.1 would turn values and targets to noise
-    if not kind.endswith("ForTokenClassification"):
-        config.token_classification_bias = False  # a bare `score.weight`, so ours loads as a sequence classifier, too
-    torch.manual_seed(seed)
-    new = ("score.", "classifier.") if new_head else ()
-    return data.load_model(AutoModelForTokenClassification, name, new, config=config, dtype=dtype)
+def value_loss(logits, targets, weights, count):
+    """Binary cross-entropy between sigmoid(logits) and targets (B, S), weighted, divided by `count`, that of the whole
+    global batch."""
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return (losses * weights).sum() / count
 
 
 def step_values(model, input_ids, attention_mask, step_ends):
@@ -162,149 +131,179 @@ def step_values(model, input_ids, attention_mask, step_ends):
 def targets_and_weights(cfg, logits, batch, labelled):
     """What each state's value is pulled to, and how strongly: two (B, S) tensors, by method."""
     mask = batch["step_mask"]
-    end = mask & ~F.pad(mask, (0, 1))[:, 1:]
-    if cfg.method == "scalar_prm":
+    if cfg.method == "ScalarPRM":
         return batch["labels"], mask.float()
-    if cfg.method == "scalar_orm":
+    if cfg.method == "ScalarORM":
+        end = mask & ~F.pad(mask, (0, 1))[:, 1:]  # True on each row's last step
         return batch["outcomes"][:, None].expand_as(logits), end.float()
-    rewards, gamma = rewards_and_gamma(cfg, batch, labelled)
-    n_step, lam = cfg.n_step or (3 if labelled else mask.shape[1]), cfg.lam if cfg.lam >= 0 else None
-    targets = td_targets(logits.sigmoid(), rewards, batch["outcomes"], mask, gamma, n_step, lam)
-    return targets, mask.float() + (cfg.terminal_weight - 1) * end
+    rewards, gamma = rewards_and_gamma(cfg, batch["labels"], mask, labelled)
+    n_step = cfg.n_step or (3 if labelled else mask.shape[1])
+    values, outcomes = logits.sigmoid(), batch["outcomes"]
+    return td_targets(values, rewards, outcomes, mask, gamma, n_step, cfg.lam), mask.float()
 
 
-def rewards_and_gamma(cfg, batch, labelled):
+def rewards_and_gamma(cfg, labels, mask, labelled):
     if not labelled:
-        return torch.zeros_like(batch["labels"]), 1.0
-    return shaped_rewards(batch["labels"], batch["step_mask"], cfg.correct, cfg.wrong), cfg.gamma
-
-
-@torch.no_grad()
-def score_rows(model, examples, pad_id, env, rows_at_once=64):
-    """Step values of encoded trajectories: a list of S probabilities each. Split over the processes, known to all."""
-    model.eval()
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))[env.rank::env.world]
-    values, rows = {}, []
-    while order := order[len(rows):]:
-        size = min(rows_at_once, max(1, 2**16 // len(examples[order[0]]["input_ids"])))  # 65,536 tokens at most
-        rows = order[:size]
-        batch = data.collate([examples[i] for i in rows], pad_id)
-        ids, ends = batch["input_ids"].to(env.device), batch["step_ends"].to(env.device)
-        if hasattr(model, "reduce"):  # another kind of reward model, or one to be read in another way (scorers.py)
-            prompts = torch.tensor([examples[i]["prompt_length"] for i in rows], device=env.device)
-            logits = prefix_values(model, ids, ends, prompts)
-        else:
-            logits = step_values(model, ids, None, ends)
-        values.update(zip(rows, (row[mask].tolist() for row, mask in zip(logits.sigmoid().cpu(), batch["step_mask"]))))
-    model.train()
-    values = merge(values, env)
-    return [values[i] for i in range(len(examples))]
+        return torch.zeros_like(labels), 1.0
+    return shaped_rewards(labels, mask, cfg.correct, cfg.wrong), cfg.gamma
 
 
 # --------------------------------------------------------------------------------------------------
 # Training.
 
-def load_data(cfg, tokenizer):
-    """-> training and held-out examples, whether they have step labels, how many were too long. BadInput if the method
-    lacks what it learns from."""
-    level = cfg.data[0]
-    if level in data.LEVELS:
-        problems = data.make_problems(cfg.problems, "train", cfg.seed, level)
-        rows = data.make_trajectories(problems, 4, cfg.label_rollouts, cfg.label_kind, cfg.seed, level)
-        held_out = data.make_trajectories(data.make_problems(1000, "test", 0, level), 2, 4, cfg.label_kind, 1, level)
-    elif cfg.eval:
-        rows, held_out = data.read_trajectories(cfg.data), []
-    else:
-        rows, held_out = data.hold_out(list(data.read_trajectories(cfg.data)))
-    if cfg.eval:
-        held_out = data.read_trajectories(cfg.eval)
-    train, dropped = data.encode_rows(rows, tokenizer, cfg.max_length)
-    held_out, dropped_too = data.encode_rows(held_out, tokenizer, cfg.max_length)
-    needed = "labels" if cfg.method == "scalar_prm" else "correct"
-    lacking = next((e for e in train if e[needed] is None), None)
-    if lacking:
-        what = "step labels ('labels')" if needed == "labels" else "an outcome ('correct', 'answer' or 'labels')"
-        raise BadInput(f"{lacking.get('source', '--label_rollouts 0')}: --method {cfg.method} learns from {what}, "
-                       "and there is none")
-    return train, held_out, all(e["labels"] is not None for e in train), dropped + dropped_too
 
-
-def main(cfg, env):
+def main(cfg, procs):
     """Train a reward model -> summary (also in summary.json)."""
-    level = data.builtin_level(cfg.data)
     if cfg.score:
-        return score_file(cfg, env)
+        return score_file(cfg, procs)
+    # 1) The data, every process all of it; a policy with a new head of one number per token.
+    level = data.builtin_level(cfg.data)
     if not level and not cfg.model:
         raise BadInput("--data: your own trajectories need --model, the policy to start from")
-    out = cfg.out or os.path.join("runs", cfg.method + (level or "").removeprefix("builtin"))
-    cfg = dataclasses.replace(cfg, out=out, model=cfg.model or sft.builtin_policy(level, env))
-
-    # 1) The run's folder, the data, the model.
-    start_time, checkpoint = time.time(), sft.last_checkpoint(cfg)
-    tokenizer = data.load_tokenizer(checkpoint or cfg.model)
-    examples, held_out, labelled, dropped = load_data(cfg, tokenizer)
+    out = cfg.out or default_out(cfg.method, level)
+    cfg = replace(cfg, out=out, model=cfg.model or sft.builtin_policy(level, procs))
+    checkpoint = last_checkpoint(cfg)
+    name = checkpoint and os.path.join(checkpoint, "model") or cfg.model
+    tokenizer = load_tokenizer(name)
+    reward = new_reward_model(name, tokenizer, torch_dtype(cfg, procs.device), cfg.seed)
+    examples, held_out, labelled, left_out = load_data(cfg, level, reward.encode)
+    learner = prepare(reward, cfg, procs)
+    check_ids(reward.model, (e.input_ids for e in examples), cfg.model)
     steps = cfg.steps or max(1, len(examples) // cfg.batch_size)
-    env.print(f"{cfg.method}: {len(examples)} trajectories ({dropped} too long), "
-              f"step labels: {'yes' if labelled else 'no (r = 0, gamma = 1)'}, {steps} steps of {cfg.batch_size}, "
-              f"{env.world} processes on {env.device.type}")
-    model = load_reward_model(checkpoint or cfg.model, sft.torch_dtype(cfg, env), cfg.seed)
-    model, wrapped = sft.prepare(model, cfg, env)
-    data.check_ids(model, examples, cfg.model)
-    optimizer = sft.make_optimizer(model, cfg, env)
-    start = sft.load_checkpoint(checkpoint, env, model, optimizer) if checkpoint else 0
+    procs.print(
+        f"{cfg.method}: {len(examples)} trajectories ({left_out} too long), "
+        f"step labels: {'yes' if labelled else 'no (r = 0, gamma = 1)'}, {steps} steps of {cfg.batch_size}, "
+        f"{procs.world} processes on {procs.device.type}"
+    )
 
     # 2) The loop.
-    sft.open_run(cfg, env)
-    log, stopping = sft.Log(cfg, env, start, steps), sft.catch_signals()
-    skipped = log.last.get("skipped", 0)
-    order = data.batches([len(e["input_ids"]) for e in examples], cfg.batch_size, cfg.seed, start)
-    for step in range(start, steps):
+    run = Run(cfg, procs, checkpoint, steps, {"model": learner})
+    order = data.batches([len(e) for e in examples], cfg.batch_size, cfg.seed, run.start)
+    for step in run.steps():
         batch = [examples[i] for i in next(order)]
-        states = len(batch) if cfg.method == "scalar_orm" else sum(len(e["step_ends"]) for e in batch)  # global count
+        states = len(batch) if cfg.method == "ScalarORM" else sum(len(e.step_ends) for e in batch)  # global count
 
-        def loss_fn(micro):
-            tensors = {k: v.to(env.device) for k, v in data.collate(micro, tokenizer.pad_token_id).items()}
-            logits = step_values(wrapped, tensors["input_ids"], None, tensors["step_ends"])
-            targets, weights = targets_and_weights(cfg, logits, tensors, labelled)
-            return (F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * weights).sum() / states
+        def loss_fn(rows):
+            b = data.collate(rows, tokenizer.pad_token_id, procs.device)
+            logits = step_values(learner.forward, b["input_ids"], None, b["step_ends"])  # (B, S)
+            targets, weights = targets_and_weights(cfg, logits, b, labelled)
+            return value_loss(logits, targets, weights, states)
 
-        loss = sft.accumulate_gradients(wrapped, sft.local_rows(batch, env), cfg.micro_batch_size, loss_fn, env)
-        lr = sft.learning_rate(step, steps, cfg.lr, cfg.warmup)
-        grad_norm = sft.optimizer_step(model, optimizer, lr, cfg.grad_clip)
-        loss, stop = sft.all_sum(loss, bool(stopping), env=env)
-        skipped += not math.isfinite(grad_norm)
-        row, done = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "skipped": skipped}, step + 1
-        if cfg.eval_every and done % cfg.eval_every == 0 and done < steps:
-            row |= evaluate(cfg, score_rows(model, held_out, tokenizer.pad_token_id, env), held_out)
-        log.row(done, **row)
-        log.advance(loss=loss, grad_norm=grad_norm)
-        if stop or done == steps or (cfg.save_every and done % cfg.save_every == 0):
-            sft.save_checkpoint(cfg, env, done, model, tokenizer, optimizer)
-        if stop:
-            log.close()
-            env.print(f"stopped after step {done} of {steps}; --resume continues")
-            return None
-    log.close()
+        rows, lr = local_rows(batch, procs), learning_rate(step, steps, cfg.lr)
+        (loss,) = procs.sum(accumulate_gradients(learner, rows, cfg.micro_batch_size, loss_fn, procs))
+        run.log(loss=loss, grad_norm=optimizer_step(learner, lr, cfg.grad_clip), lr=lr)
+        if run.evaluates:
+            run.log(**evaluate(cfg, reward.score_steps(held_out, procs), held_out))
+            reward.train()
+    if run.stopped:
+        return None
 
     # 3) What came of it.
-    values = score_rows(model, held_out, tokenizer.pad_token_id, env)
-    summary = evaluate(cfg, values, held_out) | {"trajectories": len(held_out), "steps": steps, "skipped": skipped}
-    if env.rank == 0:
-        sft.save_model(os.path.join(cfg.out, "model"), model, tokenizer)
-        sft.write_json(os.path.join(cfg.out, "summary.json"), summary)
-        shown = choose_three(held_out)
-        print_table(cfg, summary)
-        for title, i in shown:
+    values = reward.score_steps(held_out, procs)
+    measures = evaluate(cfg, values, held_out)
+    summary = run.finish(measures | {"trajectories": len(held_out)}, cfg.method)
+    if procs.rank == 0:
+        print_table(f"{cfg.method} on {len(held_out)} held-out solutions", measures)
+        for title, i in choose_three(held_out):
             print_solution(title, held_out[i], values[i])
-        print(f"{time.time() - start_time:.0f} s; the reward model is in {os.path.join(cfg.out, 'model')}")
-        if cfg.plot:
-            plot(cfg, [(title, held_out[i], values[i]) for title, i in shown])
-    sft.barrier(env)
     return summary
+
+
+def load_data(cfg, level, encode):
+    """-> training and held-out Examples, whether they have step labels, how many were too long. BadInput if the method
+    lacks what it learns from."""
+    if level:
+        kind, K = cfg.label_kind, cfg.label_rollouts
+        problems = data.make_problems(cfg.problems, "train", cfg.seed, level)
+        rows = data.make_trajectories(problems, 4, K, kind, cfg.seed, level)
+        held_out = data.make_trajectories(data.make_problems(1000, "test", 0, level), 2, 4, kind, 1, level)
+    elif cfg.eval:
+        rows = read_trajectories(cfg.data)
+    else:
+        rows, held_out = data.hold_out(list(read_trajectories(cfg.data)))
+    if cfg.eval:
+        held_out = read_trajectories(cfg.eval)
+    examples, left_out = data.encode_rows(rows, encode, cfg.max_length)
+    held_out, left_out_too = data.encode_rows(held_out, encode, cfg.max_length)
+    needed = "labels" if cfg.method == "ScalarPRM" else "correct"
+    lacking = next((e for e in examples if getattr(e, needed) is None), None)
+    if lacking:
+        what = "an outcome ('correct', 'answer' or 'labels')"
+        what = "step labels ('labels')" if needed == "labels" else what
+        source = lacking.source or "--label_rollouts 0"
+        raise BadInput(f"{source}: --method {cfg.method} learns from {what}, and there is none")
+    return examples, held_out, all(e.labels is not None for e in examples), left_out + left_out_too
+
+
+def score_file(cfg, procs):
+    """`--score FILE`: every trajectory's step values, one JSON line a row in the file's order, to standard output; null
+    for one that is longer than --max_length."""
+    rows = read_trajectories(cfg.score)
+    rows = itertools.chain([next(rows)], rows)  # a mistake in the file shows before the model is loaded
+    name = cfg.model or os.path.join(default_out(cfg.method), "model")
+    reward = load_reward_model(name, torch_dtype(cfg, procs.device), procs.device)
+    while chunk := list(itertools.islice(rows, 64 * procs.world)):
+        examples = [data.encode_rows([row], reward.encode, math.inf)[0][0] for row in chunk]
+        fit = [e for e in examples if len(e) <= cfg.max_length]
+        values = dict(zip(map(id, fit), reward.score_steps(fit, procs)))
+        for e in examples if procs.rank == 0 else ():
+            rounded = [round(v, 6) for v in values[id(e)]] if id(e) in values else None
+            print(json.dumps({"source": e.source, "correct": e.correct, "values": rounded}))
 
 
 # --------------------------------------------------------------------------------------------------
 # Evaluation on trajectories that were not trained on.
+
+
+def evaluate(cfg, values, examples):
+    """values: one list of step values per example -> dict of the measures that the examples have what it takes for."""
+    S, labelled = max(len(v) for v in values), all(e.labels is not None for e in examples)
+
+    def padded(lists):
+        return torch.tensor([list(x) + [0.0] * (S - len(x)) for x in lists])
+
+    mask = padded([[1.0] * len(v) for v in values]).bool()
+    labels = padded([e.labels or [] for e in examples])
+    rewards, gamma = rewards_and_gamma(cfg, labels, mask, labelled)
+    measures = smoothness(padded(values), rewards, mask, gamma)
+    known = [(v, e.correct) for v, e in zip(values, examples) if e.correct is not None and len(v) > 1]
+    if known:
+        correct = [c for _, c in known]
+        measures["auroc_last"] = auroc([v[-1] for v, _ in known], correct)
+        measures["auroc_second_last"] = auroc([v[-2] for v, _ in known], correct)
+        measures["auroc_middle"] = auroc([v[(len(v) - 1) // 2] for v, _ in known], correct)
+        states = [(value, c) for v, c in known for value in v]
+        measures["calibration_error"] = calibration_error(*zip(*states))
+    errors = [(v, e.first_error) for v, e in zip(values, examples) if e.first_error is not None]
+    if errors:
+        measures["first_error_f1"] = first_error_f1(*zip(*errors))
+    return {name: value if math.isfinite(value) else None for name, value in measures.items()}
+
+
+def smoothness(values, rewards, mask, gamma):
+    """How smoothly values (B, S) move along trajectories, as a dict of floats:
+
+    abs_delta_v: mean |V_t+1 - V_t|; td_error_mean, td_error_std: of |r_t + gamma V_t+1 - V_t|, t < T;
+    lipschitz: mean over trajectories of the largest |V_t+1 - V_t|, the least L with |V_s - V_t| <= L |s - t|. (The
+    paper divides by a distance between states that it does not define; ours is the number of steps.)
+    """
+    pairs = mask.bool()[:, 1:] & mask.bool()[:, :-1]  # (B, S-1)
+    jump = (values[:, 1:] - values[:, :-1]).abs()
+    error = (rewards[:, :-1] + gamma * values[:, 1:] - values[:, :-1]).abs()[pairs]
+    largest = jump.flatten()
+    if pairs.shape[1]:
+        largest = torch.where(pairs, jump, 0.0).amax(1)[pairs.any(1)]
+
+    def mean(x):
+        return x.mean().item() if x.numel() else 0.0
+
+    return {
+        "abs_delta_v": mean(jump[pairs]),
+        "td_error_mean": mean(error),
+        "td_error_std": error.std(correction=0).item() if error.numel() else 0.0,
+        "lipschitz": mean(largest),
+    }
+
 
 def auroc(scores, outcomes):
     """Probability that a right response scores above a wrong one, ties counting half; NaN if there is only one kind."""
@@ -320,146 +319,107 @@ def auroc(scores, outcomes):
 def calibration_error(values, outcomes, bins=10):
     """Expected calibration error: mean over states of |mean value - share right| within bins of equal width."""
     values, outcomes = np.asarray(values), np.asarray(outcomes, dtype=float)
-    which = np.minimum((values * bins).astype(int), bins - 1)
-    return float(sum(abs((values - outcomes)[which == b].sum()) for b in range(bins)) / len(values))
+    which, total = np.minimum((values * bins).astype(int), bins - 1), 0.0
+    for b in range(bins):
+        total += abs((values - outcomes)[which == b].sum())
+    return float(total / len(values))
 
 
 def first_error_f1(values, first_errors):
     """ProcessBench's measure: the first step valued below a threshold is the first error (-1: none); F1 is the harmonic
     mean of the accuracies on wrong and right solutions. Each half of the rows uses the other half's best threshold."""
-    thresholds = np.linspace(0.01, 0.99, 99)
-    truth = np.array(first_errors)
-    lowest = [np.minimum.accumulate(v) for v in values]
-    # below[i, k]: the first step of row i under threshold k, or -1
-    below = np.array([[int(np.searchsorted(-low, -t, side="right")) for t in thresholds] for low in lowest])
-    below[below == np.array([len(v) for v in values])[:, None]] = -1
-    hit = below == truth[:, None]
+    thresholds, truth = np.linspace(0.01, 0.99, 99), np.array(first_errors)
+    found = np.full((len(truth), len(thresholds)), -1)  # [i, k]: the first step of row i under threshold k, or -1
+    for i, v in enumerate(values):
+        lowest = np.minimum.accumulate(v)
+        first = np.searchsorted(-lowest, -thresholds, side="right")
+        found[i] = np.where(first < len(v), first, -1)
+    hit = found == truth[:, None]
 
     def f1(hit, truth):  # (rows,) or (rows, thresholds)
-        wrong, right = (hit[truth >= 0].mean(0), hit[truth < 0].mean(0))
+        wrong, right = hit[truth >= 0].mean(0), hit[truth < 0].mean(0)
         return 2 * wrong * right / np.maximum(wrong + right, 1e-9)
 
     half = np.arange(len(truth)) % 2 == 0
-    if any(not (truth[h] >= 0).any() or not (truth[h] < 0).any() for h in (half, ~half)):
-        return math.nan  # needs right and wrong solutions in both halves
-    chosen = np.where(half, f1(hit[~half], truth[~half]).argmax(), f1(hit[half], truth[half]).argmax())
+    for h in (half, ~half):
+        if not (truth[h] >= 0).any() or not (truth[h] < 0).any():
+            return math.nan  # needs right and wrong solutions in both halves
+    best = f1(hit[~half], truth[~half]).argmax(), f1(hit[half], truth[half]).argmax()
+    chosen = np.where(half, *best)
     return float(f1(hit[np.arange(len(truth)), chosen], truth))
 
 
-def evaluate(cfg, values, examples):
-    """values: one list of step values per example -> dict of the measures that the examples have what it takes for."""
-    S = max(len(v) for v in values)
-    padded = torch.tensor([v + [0.0] * (S - len(v)) for v in values])
-    labels = [(e["labels"] or [0.0] * len(v)) + [0.0] * (S - len(v)) for e, v in zip(examples, values)]
-    batch = {"step_mask": torch.tensor([[True] * len(v) + [False] * (S - len(v)) for v in values]),
-             "labels": torch.tensor(labels)}
-    rewards, gamma = rewards_and_gamma(cfg, batch, all(e["labels"] is not None for e in examples))
-    measures = smoothness(padded, rewards, batch["step_mask"], gamma)
-    known = [(v, e["correct"]) for v, e in zip(values, examples) if e["correct"] is not None and len(v) > 1]
-    if known:
-        right = [correct for _, correct in known]
-        measures["auroc_last"] = auroc([v[-1] for v, _ in known], right)
-        measures["auroc_second_last"] = auroc([v[-2] for v, _ in known], right)
-        measures["auroc_middle"] = auroc([v[(len(v) - 1) // 2] for v, _ in known], right)
-        states = [(value, correct) for v, correct in known for value in v]
-        measures["calibration_error"] = calibration_error(*zip(*states))
-    errors = [(v, e["first_error"]) for v, e in zip(values, examples) if e.get("first_error") is not None]
-    if errors:
-        measures["first_error_f1"] = first_error_f1(*zip(*errors))
-    return {name: value if math.isfinite(value) else None for name, value in measures.items()}
+MEASURES = {
+    "abs_delta_v": "mean |V_t+1 - V_t|",
+    "lipschitz": "largest |V_t+1 - V_t| of a solution",
+    "td_error_mean": "TD error, mean",
+    "td_error_std": "TD error, standard deviation",
+    "auroc_last": "AUROC of the outcome, last state",
+    "auroc_second_last": "AUROC of the outcome, second-last state",
+    "auroc_middle": "AUROC of the outcome, middle state",
+    "calibration_error": "calibration error of V as P(right)",
+    "first_error_f1": "first-error F1 (ProcessBench)",
+}
 
 
-MEASURES = {"abs_delta_v": "mean |V_t+1 - V_t|", "lipschitz": "largest |V_t+1 - V_t| of a solution",
-            "td_error_mean": "TD error, mean", "td_error_std": "TD error, standard deviation",
-            "auroc_last": "AUROC of the outcome, last state",
-            "auroc_second_last": "AUROC of the outcome, second-last state",
-            "auroc_middle": "AUROC of the outcome, middle state",
-            "calibration_error": "calibration error of V as P(right)",
-            "first_error_f1": "first-error F1 (ProcessBench)"}
+def print_table(title, measures, names=MEASURES):
+    print(f"\n{title}")
+    for key, name in names.items():
+        if measures.get(key) is not None:
+            print(f"  {name:<46} {measures[key]:.3f}")
 
 
-def print_table(cfg, summary):
-    print(f"\n{cfg.method} on {summary['trajectories']} held-out solutions")
-    for key, title in MEASURES.items():
-        if summary.get(key) is not None:
-            print(f"  {title:<42} {summary[key]:.3f}")
+def error_place(e):
+    """Where in a solution its first wrong step is, in 0..1; None if it has none, or none is known."""
+    t = e.first_error
+    if t is None and e.labels is not None:
+        t = next((t for t, label in enumerate(e.labels) if label < 0.5), None)
+    return None if t is None or t < 0 else t / len(e.step_ends)
 
 
 def choose_three(examples):
     """A right solution, one going wrong early and one going wrong late, where there are such -> [(title, index)]."""
-    def error_at(e):  # in 0..1 of the solution
-        t = e.get("first_error")
-        if t is None and e["labels"] is not None:
-            t = next((t for t, label in enumerate(e["labels"]) if label < 0.5), None)
-        return None if t is None or t < 0 else t / len(e["step_ends"])
-    tests = [("right", lambda e: e["correct"] and error_at(e) is None),
-             ("goes wrong early", lambda e: e["correct"] is False and error_at(e) is not None and error_at(e) < 0.34),
-             ("goes wrong late", lambda e: e["correct"] is False and error_at(e) is not None and error_at(e) >= 0.5)]
-    if all(error_at(e) is None for e in examples):
-        tests[1:] = [("wrong", lambda e: e["correct"] is False)]
-    long = sorted(range(len(examples)), key=lambda i: -min(6, len(examples[i]["step_ends"])))  # a few steps to see
-    found = [(title, next((i for i in long if test(examples[i])), None)) for title, test in tests]
-    return [(title, i) for title, i in found if i is not None]
+    places, found = [error_place(e) for e in examples], {}
+    for i in sorted(range(len(examples)), key=lambda i: -min(6, len(examples[i].step_ends))):  # a few steps to see
+        correct, place, title = examples[i].correct, places[i], None
+        if correct and place is None:
+            title = "right"
+        elif correct is False and place is not None and (place < 0.34 or place >= 0.5):
+            title = "goes wrong early" if place < 0.34 else "goes wrong late"
+        elif correct is False and not any(p is not None for p in places):
+            title = "wrong"
+        if title:
+            found.setdefault(title, i)
+    titles = ("right", "goes wrong early", "goes wrong late", "wrong")
+    return [(title, found[title]) for title in titles if title in found]
 
 
-def print_solution(title, example, values):
-    question = example["prompt"] if isinstance(example["prompt"], str) else example["prompt"][-1]["content"]
+def print_solution(title, e, values):
+    question = e.prompt if isinstance(e.prompt, str) else e.prompt[-1]["content"]
     print(f"\n{title}: {' '.join(question.split())[:100]}")
-    for t, (step, value) in enumerate(zip(example["completions"], values)):
-        wrong = "  <- first wrong step" if t == example.get("first_error") else ""
+    for t, (step, value) in enumerate(zip(e.completions, values)):
+        wrong = "  <- first wrong step" if t == e.first_error else ""
         print(f"  {'█' * round(20 * value):<20} {value:.2f}  {' '.join(step.split())[:70]}{wrong}")
 
 
-def plot(cfg, solutions):
-    """The loss curve and the values along `solutions` [(title, example, values)], to plot.png."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("--plot: matplotlib is not installed; no plot.png", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    with open(os.path.join(cfg.out, "metrics.jsonl")) as f:
-        rows = [json.loads(line) for line in f]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5))
-    left.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=0.8)
-    left.set(xlabel="step", ylabel="loss", title=cfg.method)
-    for title, _, values in solutions:
-        right.plot(range(1, len(values) + 1), values, marker="o", label=title)
-    right.set(xlabel="step of the solution", ylabel="V", ylim=(0, 1), title="values along held-out solutions")
-    right.legend()
-    fig.tight_layout()
-    fig.savefig(os.path.join(cfg.out, "plot.png"), dpi=120)
+# --------------------------------------------------------------------------------------------------
+# The built-in reward model.
 
 
-def score_file(cfg, env):
-    """`--score FILE`: every trajectory's step values, one JSON line a row in the file's order, to standard output."""
-    rows = data.read_trajectories(cfg.score)
-    rows = itertools.chain([next(rows)], rows)  # a mistake in the file shows before the model is loaded
-    model_name = cfg.model or os.path.join("runs", cfg.method, "model")
-    tokenizer = data.load_tokenizer(model_name)
-    model = load_reward_model(model_name, sft.torch_dtype(cfg, env), new_head=False).to(env.device)
-    while chunk := list(itertools.islice(rows, 64 * env.world)):
-        fit = []
-        for row in chunk:
-            with contextlib.suppress(BadInput):  # too long: a row of its own without values
-                fit.append((row, data.encode_rows([row], tokenizer, cfg.max_length)[0][0]))
-        values = iter(score_rows(model, [e for _, e in fit], tokenizer.pad_token_id, env))
-        scored = {id(row): next(values) for row, _ in fit}
-        for row in chunk if env.rank == 0 else []:
-            print(json.dumps({"source": row["source"], "correct": row["correct"],
-                              "values": [round(v, 6) for v in scored[id(row)]] if id(row) in scored else None}))
+def default_out(method, level=None):
+    return os.path.join("runs", method + (level or "").removeprefix("builtin"))
 
 
-def builtin_reward_model(level, env, method="tdrm"):
+def builtin_reward_model(level, procs, method="TDRM"):
     """The built-in reward model's folder, trained first where it is not there yet."""
-    out = os.path.join("runs", method + level.removeprefix("builtin"))
+    out = default_out(method, level)
     if not os.path.isdir(os.path.join(out, "model")):
-        env.print(f"there is no {out}/model yet: training the built-in reward model first")
-        if main(Config(method=method, data=(level,), out=out, resume=True), env) is None:
+        procs.print(f"there is no {out}/model yet: training the built-in reward model first")
+        cfg = Config(method=method, data=(level or "builtin",), out=out, resume=True)
+        if main(cfg, procs) is None:
             raise SystemExit(0)  # stopped by a signal
     return os.path.join(out, "model")
 
 
 if __name__ == "__main__":
-    sft.launch(main, Config)
+    launch(main, Config, __doc__)

@@ -95,7 +95,7 @@ def _trajectory(row, prompt, steps, labels):
             raise BadInput(f"'correct' or 'final_answer_correct' should be true or false, is {correct!r:.30}")
         correct = bool(correct)
     elif answer is not None:
-        from answers import verify  # only here: reading step labels needs no answer checker
+        from parts.answers import verify  # only here: reading step labels needs no answer checker
 
         correct = verify("\n\n".join(steps), answer)
     elif labels is not None:
@@ -216,7 +216,7 @@ def _question_answer(row):
 
 
 def _math(row):
-    from answers import extract_answer
+    from parts.answers import extract_answer
 
     solution = _text(row["solution"], "solution")
     answer = extract_answer(solution) if "\\boxed" in solution else None

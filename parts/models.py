@@ -1,0 +1,184 @@
+"""Tokenizers and models as they come, by Hugging Face name or folder; token ids of prompts and steps.
+
+What is not as it should be is one line that says so (BadInput), never an approximation: weights that are not in the
+files, a head whose logits the model changes in a way not known here, a tokenizer without tokens.
+"""
+
+import contextlib
+import functools
+import os
+import shutil
+import socket
+
+import torch
+import torch.distributed as dist
+
+from parts.formats import BadInput
+
+STEP_END = "\n\n"  # what closes a step in a response; the last step is closed by the end of the response
+
+
+# --------------------------------------------------------------------------------------------------
+# Text to token ids.
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt (a question, or a list of chat messages) up to where the response begins.
+
+    The model's own chat template where it has one; a base model without one gets the bare text and a blank line.
+    """
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        options = {"add_generation_prompt": True, "return_dict": True}
+        return list(tokenizer.apply_chat_template(messages, **options)["input_ids"])
+    turns = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    return list(tokenizer(STEP_END.join(turns) + STEP_END)["input_ids"])
+
+
+@functools.lru_cache(100_000)
+def token_ids(tokenizer, text):
+    """Ids of a step's text, as the middle of a response. Cached: steps recur in sampled data."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def end_ids(tokenizer, generation_config=None):
+    """Every id that ends a response: the tokenizer's and those that a model's generation config names."""
+    named = getattr(generation_config, "eos_token_id", None)
+    named = named if isinstance(named, list) else [named]
+    return sorted({tokenizer.eos_token_id, *named} - {None})
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading and saving.
+
+
+def from_pretrained(load, name, option="--model", **options):
+    """`load(name)` for a folder or a Hugging Face name, local files first. An unknown name is a BadInput within
+    seconds, where the library alone would retry for half a minute on every process."""
+    try:
+        return load(name, local_files_only=True, **options)
+    except Exception as error:  # damaged files raise almost anything: TypeError, RuntimeError, SafetensorError
+        folder = os.path.isdir(name)
+        if folder or os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
+            reason = (str(error).splitlines() or [type(error).__name__])[0] if folder else "no such folder"
+            raise BadInput(f"{option} {name}: {reason}; wanted: a Hugging Face model folder or name") from None
+    try:
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0]
+        socket.getaddrinfo(hub, 443)
+        return load(name, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(
+            f"{option} {name}: no such folder, not in the cache, and the hub does not give it ({reason})"
+        ) from None
+
+
+def load_tokenizer(name, option="--model"):
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    # One saved as the generic class is loaded as such: for some families (Qwen2 is one) AutoTokenizer would put the
+    # family's own splitting rules in its place, and blank lines would vanish without a word.
+    kind = from_pretrained(get_tokenizer_config, name, option).get("tokenizer_class")
+    generic = kind in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    kind = PreTrainedTokenizerFast if generic else AutoTokenizer
+    tokenizer = from_pretrained(kind.from_pretrained, name, option)
+    if not tokenizer("1", add_special_tokens=False)["input_ids"]:  # what the library makes up without tokenizer.json
+        wanted = "a folder with tokenizer.json or the like"
+        raise BadInput(f"{option} {name}: its tokenizer has no tokens; wanted: {wanted}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # safe: masks come from lengths, never from ids
+    return tokenizer
+
+
+def load_config(name, option="--model"):
+    """A model's config with every dropout switched off: it would make values and log-probs noise."""
+    from transformers import AutoConfig
+
+    config = from_pretrained(AutoConfig.from_pretrained, name, option)
+    for key, value in list(vars(config).items()):
+        if isinstance(value, float) and ("dropout" in key or key.endswith("_pdrop")):
+            setattr(config, key, 0.0)
+    return config
+
+
+@contextlib.contextmanager
+def in_turn():
+    """The processes of a node go through one after the other: each loads its model into host memory on the way to its
+    GPU, and eight times 7B at once would be 120 GB there."""
+    turns, mine = 0, int(os.environ.get("LOCAL_RANK", 0))
+    if dist.is_initialized():
+        turns = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    try:
+        for _ in range(mine if turns else 0):
+            dist.barrier()
+        yield
+    finally:
+        for _ in range(turns - mine):
+            dist.barrier()
+
+
+def load_model(kind, name, dtype, config=None, new=(), option="--model"):
+    """A model all of whose weights are in its files. The library would make up missing ones at random; only those
+    whose names begin as in `new` may be."""
+    options = {"config": config or load_config(name, option), "dtype": dtype}
+    with in_turn():
+        model, report = from_pretrained(
+            kind.from_pretrained, name, option, output_loading_info=True, **options
+        )
+        if torch.cuda.is_available():
+            model.cuda()
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(tuple(new)))
+    if missing:
+        raise BadInput(f"{option} {name}: {len(missing)} weights are not in its files, {missing[0]} for one")
+    return model
+
+
+def load_policy(name, dtype, option="--model"):
+    """A causal language model, in eval mode, whose logits are known to be what token_logits makes of hidden states."""
+    from transformers import AutoModelForCausalLM
+
+    model = load_model(AutoModelForCausalLM, name, dtype, option=option).eval()
+    ids = torch.arange(4, device=model.device)[None]
+    with torch.no_grad():
+        theirs = model(input_ids=ids, use_cache=False).logits
+        ours = token_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(ours.float(), theirs.float(), rtol=0.02, atol=0.02):
+        kind = type(model).__name__
+        raise BadInput(f"{option} {name}: {kind} changes its logits behind the head in a way not known here")
+    return model
+
+
+def token_logits(model, hidden):
+    """Logits from last hidden states, with what a family does behind its head: Cohere and Granite scale, Gemma 2 caps."""
+    logits, config = model.get_output_embeddings()(hidden), model.config
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):
+        logits = logits / scale
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def torch_dtype(cfg, device):
+    """--dtype as torch's; auto: bfloat16 on GPUs only."""
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
+
+
+def save_model(folder, model, tokenizer):
+    """Write a Hugging Face folder so that it is there whole or not at all."""
+    shutil.rmtree(folder + ".tmp", ignore_errors=True)
+    model.save_pretrained(folder + ".tmp")
+    tokenizer.save_pretrained(folder + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(folder + ".tmp", folder)
+
+
+def check_ids(model, ids, name):
+    """BadInput where the tokenizer has ids the model has no embeddings for (on a GPU: an assertion in a kernel).
+    `ids`: an iterable of lists of token ids."""
+    largest, known = max(map(max, ids)), model.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise BadInput(f"--model {name}: its tokenizer gives the id {largest}, its weights have {known} embeddings")
