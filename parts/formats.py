@@ -384,3 +384,8 @@ def _prompt(value, name):
 def _pick(row, names):
     """(value, key) of the first of "a|b|c" that the row has."""
     return next(((row[key], key) for key in names.split("|") if key in row), (None, names))
+
+
+def split_steps(text):
+    """Cut a response into its steps: the pieces between blank lines, stripped, empty ones left out."""
+    return [step.strip() for step in re.split(r"\n[^\S\n]*\n", text) if step.strip()]

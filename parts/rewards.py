@@ -76,18 +76,23 @@ class RewardModel(torch.nn.Module):
         return scores  # (B, new tokens, 1)
 
     def encode(self, prompt, steps, finished=True):
-        """How a trajectory is spelled for this model -> input_ids, prompt_length, step_ends as data.encode_trajectory.
-        All kinds but `value` have learned with the end-of-response token, at which a whole response is read."""
+        """How a trajectory is spelled for this model -> input_ids, prompt_length, step_ends as
+        data.encode_trajectory. All kinds but `value` have learned with the end-of-response token,
+        at which a whole response is read; one that was cut off (not `finished`) has none."""
         input_ids, step_ends = encode_prompt(self.tokenizer, prompt), []
         prompt_length = len(input_ids)
-        for t, step in enumerate(steps):
-            input_ids += self.step_ids(step, ends=finished and t == len(steps) - 1)
+        for step in steps[:-1]:
+            input_ids += self.step_ids(step)
+            step_ends.append(len(input_ids) - 1)
+        if steps:
+            ids = self.step_ids(steps[-1], last=True)
+            input_ids += ids if finished else token_ids(self.tokenizer, steps[-1])
             step_ends.append(len(input_ids) - 1)
         return input_ids, prompt_length, step_ends
 
-    def step_ids(self, step, ends):
-        """Token ids of a step, with what closes it: a blank line, or the end of the response."""
-        if not ends:
+    def step_ids(self, step, last=False):
+        """Token ids of a step with what closes it: a blank line, or the end of the response."""
+        if not last:
             return list(token_ids(self.tokenizer, step + STEP_END))
         closing = [] if self.kind == "value" else [self.tokenizer.eos_token_id]
         return list(token_ids(self.tokenizer, step)) + closing
@@ -115,8 +120,7 @@ class RewardModel(torch.nn.Module):
             values = logits.sigmoid().tolist()
             return [row[: len(e.step_ends)] for row, e in zip(values, part)]
 
-        self.eval()
-        return over_rows(examples, score, procs, rows_at_once)
+        return self.quietly(over_rows, examples, score, procs, rows_at_once)
 
     def score_tokens(self, rows, procs, rows_at_once=64):
         """Numbers of the response's tokens, a float32 array for each row. Its `input_ids` are read as they are: tokens
@@ -127,8 +131,15 @@ class RewardModel(torch.nn.Module):
             scores = self(ids, mask).logits[..., 0].cpu().numpy()
             return [s[row.prompt_length : len(row)] for s, row in zip(scores, part)]
 
+        return self.quietly(over_rows, rows, score, procs, rows_at_once)
+
+    def quietly(self, function, *args):
+        """Call a function with the model in eval mode, and leave it in the mode it was in."""
+        training = self.training
         self.eval()
-        return over_rows(rows, score, procs, rows_at_once)
+        result = function(*args)
+        self.train(training)
+        return result
 
     def save(self, folder):
         """A Hugging Face folder; what else there is to know goes to reward.json and reference/."""

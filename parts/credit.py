@@ -1,0 +1,115 @@
+"""Credit for single tokens: what is paid where, returns, and a critic with generalised advantages.
+
+(N, T) = responses by response tokens, mask (N, T) True where real, of the GLOBAL batch; numbers per
+token travel as one array a response (`stack` makes them a tensor, `unstack` arrays again).
+"""
+
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from parts.rewards import new_reward_model, pad_rows
+from parts.training import accumulate_gradients, local_rows, optimizer_step, over_rows, prepare
+
+
+def stack(arrays):
+    """Arrays of one number per response token -> (N, T), mask (N, T)."""
+    lengths = torch.tensor([len(array) for array in arrays])
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    numbers = torch.from_numpy(np.concatenate(arrays)).float()
+    return torch.zeros(mask.shape).masked_scatter(mask, numbers), mask
+
+
+def unstack(numbers, mask):
+    """(N, T), mask (N, T) -> an array for each response."""
+    return [row[m].numpy() for row, m in zip(numbers, mask.bool())]
+
+
+def last_token(mask):
+    """(N, T), 1 on each row's last token."""
+    return mask * (mask.flip(1).cumsum(1).flip(1) == 1)
+
+
+def returns(rewards, mask, gamma=1.0):
+    """Discounted sums of rewards from each token to the response's end: (N, T)."""
+    total, sums = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards)
+    for t in reversed(range(rewards.shape[1])):
+        total = rewards[:, t] * mask[:, t] + gamma * total
+        sums[:, t] = total
+    return sums * mask
+
+
+def whiten(advantages, mask):
+    """Mean 0 and (unbiased) variance 1 over the masked tokens."""
+    values = advantages[mask.bool()]
+    variance = values.var() if len(values) > 1 else torch.zeros(())
+    return (advantages - values.mean()) * (variance + 1e-8).rsqrt() * mask
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=1.0):
+    """Generalised advantage estimation (arXiv 1506.02438) over response tokens -> advantages, returns,
+    both (N, T). Comes along: returns.
+
+    delta_t = r_t + gamma V_t+1 - V_t, V = 0 after the end;  A_t = delta_t + gamma lam A_t+1;
+    return_t = A_t + V_t. With gamma = 0, for rewards that are returns already: A_t = r_t - V_t.
+    """
+    values = values * mask
+    next_values = F.pad(values, (0, 1))[:, 1:]
+    advantages = returns(rewards + gamma * next_values - values, mask, gamma * lam)
+    return advantages, (advantages + values) * mask
+
+
+class Critic:
+    """V(x, y_<t) of every response token, read one token earlier, before y_t is known: the initial
+    policy with a new head, trained by squared error towards returns."""
+
+    def __init__(self, checkpoint, dtype, tokenizer, cfg, procs):
+        name = os.path.join(checkpoint, "critic") if checkpoint else cfg.model
+        module = new_reward_model(name, tokenizer, dtype, cfg.seed)
+        self.learner, self.cfg, self.procs = prepare(module, cfg, procs), cfg, procs
+
+    def token_values(self, forward, rows):
+        """-> (B, T-1) values, (B, T-1) mask, in data.collate's layout."""
+        pad_id = self.learner.module.tokenizer.pad_token_id
+        ids, *_ = pad_rows(rows, pad_id, self.procs.device)
+        values = forward(ids).logits[:, :-1, 0]  # (B, T-1)
+        columns, prompts, lengths = torch.arange(ids.shape[1] - 1), [], []
+        for row in rows:
+            prompts.append(row.prompt_length - 1)
+            lengths.append(len(row) - 1)
+        mask = columns >= torch.tensor(prompts)[:, None]
+        return values, mask & (columns < torch.tensor(lengths)[:, None])
+
+    def values(self, rows):
+        """An array for each row, split over the processes, known to all."""
+
+        def value(part):
+            values, mask = self.token_values(self.learner.module, part)
+            return unstack(values.cpu(), mask)
+
+        return over_rows(rows, value, self.procs)
+
+    def train(self, rows):
+        """One step towards each row's `returns`, over the tokens of the global batch -> loss."""
+        tokens = sum(len(row.returns) for row in rows)
+
+        def loss_fn(part):
+            values, mask = self.token_values(self.learner.forward, part)
+            goals = torch.from_numpy(np.concatenate([row.returns for row in part])).float()
+            goals = torch.zeros(mask.shape).masked_scatter(mask, goals).to(values.device)
+            return ((values - goals).square() * mask.to(values.device)).sum() / tokens
+
+        mine, size = local_rows(rows, self.procs), self.cfg.micro_batch_size
+        loss = accumulate_gradients(self.learner, mine, size, loss_fn, self.procs)
+        optimizer_step(self.learner, self.cfg.critic_lr, self.cfg.grad_clip)
+        return self.procs.sum(loss)[0]
+
+    def advantages(self, rewards, mask, rows, gamma, lam):
+        """GAE of token rewards (N, T) by this critic, which then takes its step -> (N, T), loss."""
+        values, _ = stack(self.values(rows))
+        advantages, goals = gae(rewards, values, mask.float(), gamma, lam)
+        for row, goal in zip(rows, unstack(goals, mask)):
+            row.returns = goal
+        return advantages, self.train(rows)
