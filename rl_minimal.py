@@ -1,94 +1,102 @@
 """RLVR with a process reward model blended in (TDRM's Algorithm 1): GRPO on verifiable rewards.
 
-A verifier says whether the final answer is right, nothing about the way there. The reward model adds what it thinks of
-the state just before the answer; for G responses tau_1..tau_G to one question
+A verifier says whether the final answer is right, nothing about the way there. The reward model adds
+what it thinks of the state just before the answer; for G responses tau_1..tau_G to one question
 
-    R_i = alpha * verifiable_i + (1 - alpha) * V(s_T-1 of tau_i)            blended_rewards
-    A_i = (R_i - mean_j R_j) / std_j R_j                                    group_advantages (grpo; or rloo, ...)
-    loss = - sum_{i,t} min(rho A_i, clip(rho, 1 - e, 1 + e) A_i) / (response tokens of the global batch)   policy_loss
-    rho = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
+    R_i = alpha * verifiable_i + (1 - alpha) * V(s_T-1 of tau_i)                  blended_rewards
+    A_i = (R_i - mean_j R_j) / std_j R_j                                          group_advantages
+    loss = - sum_{i,t} min(rho A_i, clip(rho, 1 - e, 1 + e) A_i) / (response tokens of the global batch)
+    rho = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)                               policy_loss
 
-T is the step that holds the answer: V(s_T) would only repeat what the verifier knows. pi_old are the log-probs the
-sampler itself reported (fp32, same temperature, no top-k or top-p), so `max_ratio_deviation`, logged from the first pass,
-is a check that the sampled policy is the trained one. `--alpha 1` is rule-only and loads no reward model, `--alpha 0` is
-the reward model alone.
+T is the step that holds the answer: V(s_T) would only repeat what the verifier knows. pi_old are the
+log-probs the sampler itself reported (fp32, same temperature, no top-k or top-p), so
+`max_ratio_deviation`, logged from the first pass, is a check that the sampled policy is the trained
+one. `--alpha 1` is rule-only and loads no reward model, `--alpha 0` is the reward model alone.
 
-`--prm_lr` above 0 keeps the reward model on-policy: after scoring, the same rollouts train it on their outcomes
-(tdrm_minimal.py's targets without step labels), so that it does not go stale as the policy moves. This is ours, not the
-paper's. Its AUROC of the outcome is logged on the fresh rollouts, before and after.
+`--prm_lr` above 0 keeps the reward model on-policy: after scoring, the same rollouts train it on their
+outcomes (tdrm_minimal.py's targets without step labels), so that it does not go stale as the policy
+moves. This is ours, not the paper's.
 
-Every process learns all rollouts of a step, so filters, baselines and counts are computed on the global batch, by every
-process alike, and rows are then dealt out by length. A group is never split.
+`--credit token` pays every token by a reward model with token scores (Q-RM, ORM, DPO-RM; see
+qrm_minimal.py) instead, with `--estimator reinforce` or `ppo`: the last section.
+
+Every process learns all rollouts of a step, so filters, baselines and counts are computed on the global
+batch, by every process alike, and rows are then dealt out by length. A group is never split.
 Left out: asynchronous sampling (a vLLM beside the trainer), entropy bonus, partial rollouts.
 
-    python rl_minimal.py                                         # built-in policy and TDRM: pass@1 0.45 -> 0.95+ in a minute
-    python rl_minimal.py --alpha 1                               # rule-only
-    python rl_minimal.py --prm_lr 3e-4 --data builtin-hard       # the reward model learns with it
-    torchrun --nproc_per_node=8 rl_minimal.py --model Qwen/Qwen2.5-Math-7B --prm PRM --data math_level3.jsonl --alpha 0.8 \\
-        --prompts_per_step 128 --group_size 7 --lr 1e-6 --max_new_tokens 2048 --max_length 2560 \\
-        --micro_batch_size 2 --grad_checkpoint
+    python rl_minimal.py                                     # built-in: pass@1 0.45 -> 0.95+ in minutes
+    python rl_minimal.py --alpha 1                           # rule-only
+    python rl_minimal.py --prm_lr 3e-4 --data builtin-hard   # the reward model learns with it
+    python rl_minimal.py --credit token --alpha 0 --prm runs/qrm/model --estimator reinforce --kl_reward 1
+    torchrun --nproc_per_node=8 rl_minimal.py --model Qwen/Qwen2.5-Math-7B --prm PRM --alpha 0.8 \\
+        --data math_level3.jsonl --prompts_per_step 128 --group_size 7 --lr 1e-6 \\
+        --max_new_tokens 2048 --max_length 2560 --micro_batch_size 2 --grad_checkpoint
 
-Files in --out: as in sft_minimal.py; rows of metrics.jsonl also hold clock times (seconds_*). prm/ with --prm_lr.
+Files in --out: as in tdrm_minimal.py; rows of metrics.jsonl also hold clock times (seconds_*). prm/ with
+--prm_lr.
 """
-import dataclasses
-import itertools
-import math
+
 import os
-import time
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
-import search_minimal as search
 import sft_minimal as sft
 import tdrm_minimal as tdrm
-from data import BadInput
-from plumbing import merge, peak_mib
-from scorers import load_scorer
-from sft_minimal import opt
+from parts.answers import verify
+from parts.credit import Critic, last_token, reinforce_advantages, stack, token_rewards, unstack
+from parts.decoding import longest_context, sample
+from parts.formats import BadInput, read_problems, split_steps
+from parts.models import check_ids, encode_prompt, load_policy, load_tokenizer, torch_dtype
+from parts.rewards import load_reward_model
+from parts.runs import Run, last_checkpoint, launch, opt
+from parts.training import WARMUP, Policy, TrainConfig, accumulate_gradients, learning_rate
+from parts.training import optimizer_step, over_rows, prepare, token_logprobs
+
+GROUPED = ("grpo", "dr_grpo", "rloo")  # estimators that compare responses to one question
+LAMBDA = 0.8  # of the generalised advantage estimation
 
 
 @dataclass(frozen=True)
-class RLConfig(sft.TrainConfig):
+class RLConfig(TrainConfig):
     """What every chapter that trains a policy on its own samples has in common."""
-    data: tuple = opt(("builtin",), "builtin, builtin-hard, or files of problems")
-    eval: tuple = opt((), "files of problems to evaluate on; empty: questions held out of --data")
-    problems: int = opt(0, "training questions to use; 0: all of the files', 2000 of the built-in task", low=0)
-    steps: int = opt(200, "steps: one round of sampling, scoring and updating each", low=1)
+
+    data: tuple[str, ...] = opt(("builtin",), "builtin, builtin-hard, or files of problems")
+    eval: tuple[str, ...] = opt((), "files of problems; without it: questions held out of --data")
+    problems: int | None = opt(None, "training questions; without it: all, or 2000 built-in", low=1)
+    steps: int = opt(200, "rounds of sampling, scoring and updating", low=1)
     prompts_per_step: int = opt(32, "questions in a step, over all processes", low=1)
     group_size: int = opt(8, "responses to each question", low=1)
-    batch_size: int = opt(0, "responses in one optimizer step, over all processes; 0: all of a step's", low=0)
-    inner_epochs: int = opt(1, "passes over a step's responses", low=1)
-    estimator: str = opt("grpo", "of the advantages", choices=("grpo", "dr_grpo", "rloo", "reinforce"))
-    clip_eps: tuple = opt((0.2, 0.2), "how far the ratio may fall below 1 and rise above it before it is clipped", low=0.0)
-    kl_coef: float = opt(0.0, "weight of the KL divergence from the initial policy; 0: it is not loaded", low=0)
-    mask_truncated: bool = opt(False, "leave responses cut at --max_new_tokens out of the loss")
+    batch_size: int | None = opt(None, "responses in an optimizer step; without it: all", low=1)
+    clip_eps: tuple[float, float] = opt((0.2, 0.2), "clips the ratio below and above 1", low=0.0)
+    kl_coef: float = opt(0.0, "weight of the KL to the initial policy in the loss", low=0)
     temperature: float = opt(1.0, "of the policy, sampled and scored", low=0.01)
     max_new_tokens: int = opt(128, "longest response", low=1)
-    rows_at_once: int = opt(2048, "rows in one decoding batch of one process (memory only, same result)", low=1)
+    rows_at_once: int = opt(2048, "rows in one decoding batch (memory only, same result)", low=1)
     lr: float = opt(4e-4, "peak learning rate (for a 7B model: 1e-6)", low=0)
-    decay: bool = opt(True, "the learning rate falls to 0 by a cosine; --no-decay: constant, so that a curve over the "
-                            "questions seen does not hang on how many were to come")
+    decay: bool = opt(True, "the learning rate falls to 0; --no-decay: constant after the warmup")
+    critic_lr: float = opt(3e-4, "learning rate of the critic, with --estimator ppo", low=0)
     save_every: int = opt(50, "steps between checkpoints; 0: none before the end", low=0)
-    eval_every: int = opt(50, "steps between evaluations; 0: only at the start and the end", low=0)
+    eval_every: int = opt(50, "steps between evaluations; 0: only at start and end", low=0)
     eval_problems: int = opt(500, "held-out questions in the evaluation", low=1)
-    show_every: int = opt(50, "steps between samples on the screen; 0: none", low=0)
 
 
 @dataclass(frozen=True)
 class Config(RLConfig):
-    prm: str = opt("", "process reward model; empty: the built-in TDRM")
-    alpha: float = opt(0.8, "share of the verifiable reward; the rest is the process reward model's", low=0, high=1)
-    prm_score: str = opt("probability", "what of V enters the reward (the released code: logit)", choices=("probability", "logit"))
-    prm_lr: float = opt(0.0, "learning rate of the reward model on the rollouts; 0: it stays as it is", low=0)
+    prm: str | None = opt(None, "reward model; without it: the built-in TDRM")
+    alpha: float = opt(0.8, "share of the verifiable reward in the blend", low=0, high=1)
+    estimator: str = opt("grpo", "of the advantages", choices=(*GROUPED, "reinforce", "ppo"))
+    prm_lr: float = opt(0.0, "learning rate of the reward model on the rollouts; 0: frozen", low=0)
+    credit: str = opt("response", "what is paid: responses, or tokens", choices=("response", "token"))
+    kl_reward: float = opt(0.0, "token credit: weight of log pi - log pi_0 in the rewards", low=0)
+    gamma: float = opt(0.9, "ppo: discount; 0 for a Q-RM, whose rewards are returns", low=0, high=1)
 
 
 # --------------------------------------------------------------------------------------------------
 # The maths. (N, T) = responses by tokens; the N = P * G responses of a group stand together.
+
 
 def blended_rewards(verifiable, prm, alpha):
     """alpha * verifiable + (1 - alpha) * prm, both (N,)."""
@@ -98,404 +106,440 @@ def blended_rewards(verifiable, prm, alpha):
 def group_advantages(rewards, group_size, estimator="grpo"):
     """Rewards (N,), groups of `group_size` standing together -> advantages (N,).
 
-    grpo (R - mean) / std, 0 where a group has no spread; dr_grpo (arXiv 2503.20783) R - mean; rloo R - mean of the
-    others; reinforce R. ValueError where rewards do not make whole groups, or a group of one is its own baseline.
+    grpo (R - mean) / std, 0 where a group has no spread; dr_grpo (arXiv 2503.20783) R - mean;
+    rloo R - mean of the others; reinforce R. ValueError where rewards do not make whole groups, or a
+    group of one is its own baseline.
     """
     if rewards.numel() % group_size or (group_size == 1 and estimator != "reinforce"):
-        raise ValueError(f"{rewards.numel()} rewards in groups of {group_size}: {estimator} wants whole groups, of 2 or more")
-    groups = rewards.reshape(-1, group_size).double()  # in single precision, equal rewards would get a spread by rounding
-    centred = groups - groups.mean(1, keepdim=True)
+        wanted = f"{estimator} wants whole groups, of 2 or more"
+        raise ValueError(f"{rewards.numel()} rewards in groups of {group_size}: {wanted}")
+    groups = rewards.reshape(-1, group_size).double()  # fp32 would round equal rewards apart
+    advantages = groups - groups.mean(1, keepdim=True)  # (P, G)
     if estimator == "grpo":
-        centred = centred / (groups.std(1, keepdim=True) + 1e-6)
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-6)
     elif estimator == "rloo":
-        centred = centred * group_size / (group_size - 1)
+        advantages = advantages * group_size / (group_size - 1)
     elif estimator == "reinforce":
-        centred = groups
-    return centred.reshape(rewards.shape).float()
+        advantages = groups
+    return advantages.reshape(rewards.shape).float()
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, count=None):
     """PPO's clipped surrogate, negated: sum over the masked tokens / `count` (default: their number).
 
-    logprobs, old_logprobs, mask (N, T); advantages (N, T), or (N,), one for all tokens of a response. `clip_eps`: one
-    number, or (below, above). With micro-batches or processes, `count` is the global batch's.
+    logprobs, old_logprobs, mask (N, T); advantages (N, T), or (N,), one for all tokens of a response.
+    `clip_eps`: one number, or (below, above). With micro-batches or processes, `count` is the global
+    batch's.
     """
     below, above = clip_eps if isinstance(clip_eps, (tuple, list)) else (clip_eps, clip_eps)
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0).exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - below, 1 + above) * advantages)
-    return -torch.where(mask.bool(), surrogate * mask, 0.0).sum() / (mask.sum().clamp(min=1) if count is None else count)
+    clipped = ratio.clamp(1 - below, 1 + above)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)  # (N, T)
+    count = mask.sum().clamp(min=1) if count is None else count
+    return -torch.where(mask.bool(), surrogate * mask, 0.0).sum() / count
 
 
 def kl_divergence(logprobs, other_logprobs):
-    """KL(pi || other) at tokens sampled from pi, estimator k3 of http://joschu.net/blog/kl-approx.html, never negative."""
+    """KL(pi || other) at tokens sampled from pi, never negative: the estimator k3 of
+    http://joschu.net/blog/kl-approx.html."""
     logratio = other_logprobs - logprobs
     return logratio.exp() - 1 - logratio
 
 
 # --------------------------------------------------------------------------------------------------
-# Rollouts: what the policy answers to questions, verified.
+# Algorithm 1.
 
-def rollout(model, tokenizer, problems, keys, cfg, env):
-    """`group_size` responses to each problem -> rows, groups together, in the problems' order, known to all processes.
 
-    A row has input_ids, prompt_length, old_logprobs (a response token each), text, completions (its steps), finished,
-    verifiable (1.0 or 0.0) and failed (the verifier raised: counts as wrong). `keys` are the problems' noise.
-    """
-    mine = range(len(problems))[env.rank::env.world]
-    samples = search.sample(model, tokenizer, [problems[i]["question"] for i in mine], cfg.group_size, cfg.temperature,
-                            cfg.max_new_tokens, cfg.seed, [keys[i] for i in mine], rows_at_once=cfg.rows_at_once)
+@dataclass
+class Rollout(data.Example):
+    """A response of the policy. `correct` is the verifier's word, a number from 0 to 1. Arrays hold one
+    number per response token."""
+
+    text: str = ""
+    finished: bool = True  # ended by itself, not at max_new_tokens
+    failed: bool = False  # the verifier raised: counts as wrong
+    old_logprobs: np.ndarray | None = None  # under the policy that sampled it
+    initial_logprobs: np.ndarray | None = None  # under the initial policy, for a KL term
+    prm_ref_logprobs: np.ndarray | None = None  # under the reference of PRIME's reward model
+    advantages: np.ndarray | None = None
+    returns: np.ndarray | None = None  # what a critic learns
+
+
+def main(cfg, procs):
+    """Train a policy -> summary (also in summary.json)."""
+    # 1) The policy, its questions, the reward model.
+    level = data.builtin_level(cfg.data)
+    cfg = check(cfg, "rl", level, procs)
+    checkpoint, dtype = last_checkpoint(cfg), torch_dtype(cfg, procs.device)
+    policy, initial = load_policies(cfg, dtype, procs, checkpoint, cfg.kl_coef or cfg.kl_reward)
+    problems, held_out = load_problems(cfg, level, policy.module, procs)
+    learners, critic = {"model": policy}, None
+    prm, prm_learner = load_prm(cfg, level, dtype, procs, checkpoint, policy.module.tokenizer)
+    if prm_learner:
+        learners["prm"] = prm_learner
+    if cfg.estimator == "ppo":
+        critic = Critic(checkpoint, dtype, policy.module.tokenizer, cfg, procs)
+        learners["critic"] = critic.learner
+
+    run = Run(cfg, procs, checkpoint, cfg.steps, learners)
+    if not run.start:
+        run.log(**evaluate(policy.module, held_out, cfg, procs))
+        run.write(0)
+    order = data.batches([0] * len(problems), cfg.prompts_per_step, cfg.seed, run.start)
+    for step in run.steps():
+        # 2) G responses to each of P questions, verified.
+        asked = [problems[i] for i in next(order)]
+        rollouts = roll_out(policy.module, asked, step * len(asked), cfg, procs)
+        correct = torch.tensor([r.correct for r in rollouts])  # (N,)
+        run.lap("sampling")
+
+        # 3) The state before the answer, valued; blended rewards; advantages.
+        if initial:
+            for r, logprobs in zip(rollouts, score_logprobs(initial, rollouts, cfg, procs)):
+                r.initial_logprobs = logprobs
+        rewards, values, more = correct, None, {}
+        if cfg.credit == "token":
+            rewards, more = set_token_advantages(rollouts, prm, critic, cfg, procs)
+        else:
+            if prm:
+                examples = encode_for(prm, rollouts)
+                values = prm.score_steps(examples, procs)
+                process = torch.tensor([v[state_before_answer(e)] for v, e in zip(values, examples)])
+                rewards = blended_rewards(correct, process, cfg.alpha)
+                more = {"prm": process.mean().item(), "prm_auroc": tdrm.auroc(process, correct > 0.5)}
+            advantages = group_advantages(rewards, cfg.group_size, cfg.estimator)
+            for r, advantage in zip(rollouts, advantages.tolist()):
+                r.advantages = np.full(len(r.old_logprobs), advantage, dtype=np.float32)
+        run.log(**rollout_metrics(rollouts, rewards, cfg.group_size), **more)
+        run.lap("scoring")
+
+        # 4) The policy's update; then the reward model's, on the same rollouts.
+        run.log(**update_policy(policy, rollouts, step, cfg, procs))
+        if prm_learner:
+            run.log(prm_grad_norm=train_reward_model(prm_learner, examples, cfg, procs))
+            after = prm.score_steps(examples, procs)
+            process = [v[state_before_answer(e)] for v, e in zip(after, examples)]
+            run.log(prm_auroc_after=tdrm.auroc(process, correct > 0.5))
+        run.lap("update")
+
+        # 5) Evaluate, with a response to look at.
+        if run.evaluates:
+            run.log(**evaluate(policy.module, held_out, cfg, procs))
+            title = f"step {step + 1}, correct {rollouts[0].correct:g}, reward {rewards[0]:.2f}"
+            show(procs, title, rollouts[0], values and values[0])
+    if run.stopped:
+        return None
+    return finish(run, policy.module, held_out, cfg, procs)
+
+
+def roll_out(policy, problems, first_key, cfg, procs):
+    """`group_size` responses to each problem -> Rollouts, groups together, in the problems' order,
+    known to all processes. `first_key` + i names problem i for the noise."""
+    mine, model = procs.mine(range(len(problems))), policy.model
+    questions, keys = [problems[i]["question"] for i in mine], [first_key + i for i in mine]
+    options = {"seed": cfg.seed, "keys": keys, "rows_at_once": cfg.rows_at_once}
+    limits = cfg.temperature, cfg.max_new_tokens
+    samples = sample(model, policy.tokenizer, questions, cfg.group_size, *limits, **options)
     model.train()  # sampling left it in eval mode, in which there is no gradient checkpointing
-    groups = merge({i: [verified(problems[i], s) for s in group] for i, group in zip(mine, samples)}, env)
-    return [row for i in range(len(problems)) for row in groups[i]]
+    groups = {}
+    for i, group in zip(mine, samples):
+        groups[i] = [as_rollout(problems[i], s) for s in group]
+    groups = procs.merge(groups)
+    return [rollout for i in range(len(problems)) for rollout in groups[i]]
 
 
-def verified(problem, s):
+def as_rollout(problem, s):
+    """A verified Sample. Its token ids are the policy's own; its steps are there for reward models."""
     try:
-        right, failed = data.verify(s.text, problem["answer"]), False
+        correct, failed = float(verify(s.text, problem["answer"])), False
     except Exception:
-        right, failed = False, True
-    return {"prompt": problem["question"], "text": s.text, "completions": data.split_steps(s.text) or [""], "correct": right,
-            "input_ids": s.prompt_ids + s.token_ids, "prompt_length": len(s.prompt_ids), "step_ends": [],
-            "old_logprobs": np.array(s.logprobs, dtype=np.float32), "finished": s.finished, "verifiable": float(right),
-            "failed": failed}
+        correct, failed = 0.0, True
+    return Rollout(
+        prompt=problem["question"],
+        completions=split_steps(s.text) or [""],
+        input_ids=s.prompt_ids + s.token_ids,
+        prompt_length=len(s.prompt_ids),
+        step_ends=[],
+        correct=correct,
+        text=s.text,
+        finished=s.finished,
+        failed=failed,
+        old_logprobs=np.array(s.logprobs, dtype=np.float32),
+    )
 
 
-def state_before_answer(steps):
-    """Index of s_T-1, the state before the step that holds the answer; a response that begins with it has only that one."""
-    answer = next((t for t, step in enumerate(steps) if "\\boxed" in step or "####" in step), len(steps) - 1)
-    return max(0, answer - 1)
-
-
-def encode_for(tokenizer, rows):
-    """Rollouts as the reward model reads them, in its own tokenizer's ids -> examples for tdrm.score_rows."""
+def encode_for(prm, rollouts):
+    """Rollouts as the reward model reads them, in its own tokenizer's ids -> Examples."""
     examples = []
-    for row in rows:
-        input_ids, prompt_length, step_ends = data.encode_trajectory(tokenizer, row["prompt"], row["completions"])
-        examples.append({"input_ids": input_ids, "prompt_length": prompt_length, "step_ends": step_ends,
-                         "correct": row["correct"]})
+    for r in rollouts:
+        ids = prm.encode(r.prompt, r.completions, r.finished)
+        examples.append(data.Example(r.prompt, r.completions, *ids, correct=r.correct))
     return examples
 
 
-def distinct(rows):
-    """Rows with the same tokens and the same targets go through a model once -> the different ones, each with its number
-    as "copies". (A question may come twice in a step; then equal responses stand in two groups, with two advantages.)"""
-    what = lambda row: (tuple(row["input_ids"]), row.get("correct"),  # noqa: E731
-                        *(row[name].tobytes() for name in ("advantages", "returns") if name in row))
-    copies = Counter(map(what, rows))
-    return [row | {"copies": copies[key]} for key, row in {what(row): row for row in rows}.items()]
+def state_before_answer(e):
+    """Index of s_T-1, the state before the step that holds the answer; a response that begins with it
+    has only that one."""
+    steps = e.completions
+    for t, step in enumerate(steps):
+        if "\\boxed" in step or "####" in step:
+            return max(0, t - 1)
+    return max(0, len(steps) - 2)
 
 
-def for_each(rows, different, results):
-    """The `results` of the different rows, handed back to all rows."""
-    known = {tuple(row["input_ids"]): result for row, result in zip(different, results)}
-    return [known[tuple(row["input_ids"])] for row in rows]
-
-
-def value_rollouts(prm, examples, pad_id, env):
-    """Step values of each rollout."""
-    different = distinct(examples)
-    return for_each(examples, different, tdrm.score_rows(prm, different, pad_id, env))
-
-
-def train_reward_model(wrapped, prm, optimizer, examples, pad_id, cfg, env):
-    """One step on the rollouts' outcomes: tdrm_minimal.py's loss without step labels."""
-    states, defaults = sum(len(e["step_ends"]) for e in examples), tdrm.Config()
-
-    def loss_fn(micro):
-        tensors = {k: v.to(env.device) for k, v in data.collate(micro, pad_id).items()}
-        logits = tdrm.step_values(wrapped, tensors["input_ids"], None, tensors["step_ends"])
-        targets, weights = tdrm.targets_and_weights(defaults, logits, tensors, labelled=False)
-        weights = weights * torch.tensor([[e["copies"]] for e in micro], device=env.device)
-        return (F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * weights).sum() / states
-
-    mine = sft.local_rows(distinct(examples), env) or [examples[0] | {"copies": 0}]
-    sft.accumulate_gradients(wrapped, mine, cfg.micro_batch_size, loss_fn, env)
-    return sft.optimizer_step(prm, optimizer, cfg.prm_lr, cfg.grad_clip)
-
-
-# --------------------------------------------------------------------------------------------------
-# The update.
-
-def to_tensors(rows, pad_id, device):
-    """data.collate, with the rows' numbers per response token as tensors (N, T-1), 0 outside response_mask."""
-    tensors = data.collate(rows, pad_id)
-    mask = tensors["response_mask"]
-    for name in ("old_logprobs", "ref_logprobs", "advantages"):
-        if name in rows[0]:
-            numbers = torch.from_numpy(np.concatenate([row[name] for row in rows])).float()
-            tensors[name] = torch.zeros(mask.shape).masked_scatter(mask, numbers)
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-@torch.no_grad()
-def score_logprobs(model, rows, cfg, env, pad_id, rows_at_once=64):
-    """log pi of every response token under `model`: an array per row. Split over the processes, known to all."""
-    different, mine, size = distinct(rows), {}, cfg.micro_batch_size or rows_at_once
-    order = sorted(range(len(different)), key=lambda i: len(different[i]["input_ids"]))[env.rank::env.world]
-    for part in (order[i:i + size] for i in range(0, len(order), size)):
-        tensors = to_tensors([different[i] for i in part], pad_id, env.device)
-        logprobs, _ = sft.token_logprobs(model, tensors["input_ids"], tensors["response_mask"], cfg.temperature)
-        mine.update({i: row[m].cpu().numpy() for i, row, m in zip(part, logprobs, tensors["response_mask"])})
-    scored = merge(mine, env)
-    return for_each(rows, different, [scored[i] for i in range(len(different))])
-
-
-def update_policy(policy, model, optimizer, rows, lr, cfg, env, pad_id):
-    """The clipped policy gradient over a step's rollouts -> metrics. `rows` need "old_logprobs" and "advantages", an
-    array each with one number per response token, and "ref_logprobs" where there is a KL term."""
-    size, totals, deviation, norms = cfg.batch_size or len(rows), np.zeros(4), 0.0, []
-    for epoch, begin in itertools.product(range(cfg.inner_epochs), range(0, len(rows), size)):
-        batch = rows[begin:begin + size]
-        tokens = sum(len(row["old_logprobs"]) for row in batch)  # of the global batch
+def update_policy(policy, rollouts, step, cfg, procs):
+    """The clipped policy gradient over a step's rollouts with old_logprobs and advantages -> metrics."""
+    size, pad_id = cfg.batch_size or len(rollouts), policy.module.tokenizer.pad_token_id
+    lr, totals, deviation = rate(cfg, step), np.zeros(4), 0.0
+    for begin in range(0, len(rollouts), size):
+        batch = rollouts[begin : begin + size]
+        tokens = sum(len(r.old_logprobs) for r in batch)  # of the global batch
         count = len(batch) * cfg.max_new_tokens if cfg.estimator == "dr_grpo" else tokens
-        batch = distinct(batch)
-        mine = sft.local_rows(batch, env) or [batch[0] | {"copies": 0}]  # without a row: the others would wait for it
         sums, largest = torch.zeros(3), [0.0]
 
-        def loss_fn(micro):
-            b = to_tensors(micro, pad_id, env.device)
-            mask, old_logprobs = b["response_mask"], b["old_logprobs"]
-            weight = mask * torch.tensor([[row["copies"]] for row in micro], device=env.device)
-            logprobs, entropy = policy(b["input_ids"], mask, cfg.temperature)
-            loss = policy_loss(logprobs, old_logprobs, b["advantages"], weight, cfg.clip_eps, count)
-            if "ref_logprobs" in b:
-                loss = loss + cfg.kl_coef * (kl_divergence(logprobs, b["ref_logprobs"]) * weight).sum() / count
+        def loss_fn(rows):
+            b = data.collate(rows, pad_id, procs.device)
+            mask = b["response_mask"]  # (B, T-1)
+            old_logprobs = on_tokens([r.old_logprobs for r in rows], mask)
+            advantages = on_tokens([r.advantages for r in rows], mask)
+            logprobs, entropy = policy.forward(b["input_ids"], mask, cfg.temperature)
+            loss = policy_loss(logprobs, old_logprobs, advantages, mask, cfg.clip_eps, count)
+            if cfg.kl_coef:
+                initial_logprobs = on_tokens([r.initial_logprobs for r in rows], mask)
+                kl = kl_divergence(logprobs, initial_logprobs)
+                loss = loss + cfg.kl_coef * (kl * mask).sum() / count
             ratio = (logprobs.detach() - old_logprobs).exp()  # 1 outside the mask
-            clipped = torch.where(b["advantages"] > 0, ratio > 1 + cfg.clip_eps[1], ratio < 1 - cfg.clip_eps[0])
-            kl = kl_divergence(old_logprobs, logprobs.detach())
-            sums.add_(torch.stack([(x * weight).sum() for x in (clipped, kl, entropy)]).cpu())
-            largest.append((ratio - 1).abs().max().item())
+            above, below = ratio > 1 + cfg.clip_eps[1], ratio < 1 - cfg.clip_eps[0]
+            clipped = torch.where(advantages > 0, above, below)
+            approx_kl = kl_divergence(old_logprobs, logprobs.detach())
+            if procs.mine(batch):  # not where a process only goes through the motions
+                sums.add_(torch.stack([(x * mask).sum() for x in (clipped, approx_kl, entropy)]).cpu())
+                largest.append((ratio - 1).abs().max().item())
             return loss
 
-        sft.accumulate_gradients(policy, mine, cfg.micro_batch_size, loss_fn, env)
-        norms.append(sft.optimizer_step(model, optimizer, lr, cfg.grad_clip))
-        totals += [*sft.all_sum(*sums.tolist(), env=env), tokens]
-        if epoch == begin == 0:  # the policy is still the one that sampled
-            deviation = max(merge({env.rank: max(largest)}, env).values())
+        accumulate_gradients(policy, batch, cfg.micro_batch_size, loss_fn, procs)
+        grad_norm = optimizer_step(policy, lr, cfg.grad_clip)
+        totals += [*procs.sum(*sums.tolist()), tokens]
+        if begin == 0:  # the policy is still the one that sampled
+            everywhere = procs.merge({procs.rank: largest})
+            deviation = float(np.max([x for each in everywhere.values() for x in each]))  # NaN shows
     clipped, kl, entropy, tokens = totals.tolist()
-    return {"grad_norm": norms[-1], "skipped": sum(not math.isfinite(norm) for norm in norms), "entropy": entropy / tokens,
-            "clip_fraction": clipped / tokens, "approx_kl": kl / tokens, "max_ratio_deviation": deviation}
+    return {
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "entropy": entropy / tokens,
+        "clip_fraction": clipped / tokens,
+        "approx_kl": kl / tokens,
+        "max_ratio_deviation": deviation,
+    }
 
 
-def policy_step(policy, model, optimizer, rows, ref, step, cfg, env, pad_id):
-    """update_policy on the rows that count, against the initial policy `ref` where there is a KL term -> metrics."""
-    rows = [row for row in rows if row["finished"] or not cfg.mask_truncated]
-    if not rows:
-        return {}
-    for row in rows:
-        row.pop("ref_logprobs", None)  # PRIME's reward model has a reference, too
-    if ref:
-        for row, logprobs in zip(rows, score_logprobs(ref, rows, cfg, env, pad_id)):
-            row["ref_logprobs"] = logprobs
-    return update_policy(policy, model, optimizer, rows, rate(cfg, step), cfg, env, pad_id)
-
-
-def rollout_metrics(rows, rewards, group_size):
-    """Means over a step's rollouts, before any of them is left out. A group whose rewards are all equal teaches nothing."""
-    groups = rewards.reshape(-1, group_size)
-    mean = lambda numbers: float(np.mean(list(numbers)))  # noqa: E731
-    return {"reward": rewards.mean().item(), "verifiable": mean(row["verifiable"] for row in rows),
-            "no_signal": (groups.amax(1) - groups.amin(1) < 1e-6).float().mean().item(),
-            "response_length": mean(len(row["old_logprobs"]) for row in rows),
-            "truncated": mean(not row["finished"] for row in rows), "verifier_failed": mean(row["failed"] for row in rows)}
+def on_tokens(arrays, mask):
+    """Arrays of one number per response token -> (B, T-1), each at its token, 0 outside the mask."""
+    numbers = torch.from_numpy(np.concatenate(arrays)).float().to(mask.device)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, numbers)
 
 
 def rate(cfg, step):
     """The learning rate of a step, from 0: warmup, then a cosine or constant."""
     if cfg.decay:
-        return sft.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
-    return cfg.lr * min(1.0, (step + 1) / max(1, round(cfg.warmup * cfg.steps)))
+        return learning_rate(step, cfg.steps, cfg.lr)
+    return cfg.lr * min(1.0, (step + 1) / max(1, round(WARMUP * cfg.steps)))
 
 
-# --------------------------------------------------------------------------------------------------
-# Algorithm 1.
+def train_reward_model(learner, examples, cfg, procs):
+    """One step on the rollouts' outcomes: tdrm_minimal.py's loss without step labels -> grad norm."""
+    states, defaults = sum(len(e.step_ends) for e in examples), tdrm.Config()
 
-def main(cfg, env):
-    """Train a policy -> summary (also in summary.json)."""
-    # 1) The policy, its questions, the reward model.
-    start_time, level = time.time(), data.builtin_level(cfg.data)
-    out = cfg.out or os.path.join("runs", "rl" + (level or "").removeprefix("builtin"))
-    cfg = check(dataclasses.replace(cfg, out=out), level, env)
-    checkpoint = sft.last_checkpoint(cfg)
-    model, tokenizer, policy, ref = load_policy(cfg, env, checkpoint)
-    problems, held_out = load_problems(cfg, level, model, tokenizer, env)
-    optimizer, pad_id, others, prm = sft.make_optimizer(model, cfg, env), tokenizer.pad_token_id, {}, None
-    if cfg.alpha < 1 or cfg.prm_lr:
-        prm_name = cfg.prm or tdrm.builtin_reward_model(level or "builtin", env)
-        prm_tokenizer = data.load_tokenizer(prm_name)
-        from_run = checkpoint and os.path.join(checkpoint, "prm")
-        try:
-            prm = load_scorer(from_run if from_run and cfg.prm_lr else prm_name, sft.torch_dtype(cfg, env),
-                              tdrm.load_reward_model)
-        except BadInput as error:
-            raise BadInput(str(error).replace("--model", "--prm", 1)) from None
-        if cfg.prm_lr and prm.reduce != "last":
-            raise BadInput(f"--prm_lr: {prm_name} is no model of step values; wanted: a TDRM or another token classifier")
-        prm.to(env.device).eval()
-        if cfg.prm_lr:
-            prm, wrapped_prm = sft.prepare(prm, cfg, env)
-            others["prm"] = (prm, prm_tokenizer, sft.make_optimizer(prm, cfg, env))
-    start = load_state(checkpoint, env, model, optimizer, others)
+    def loss_fn(rows):
+        b = data.collate(rows, learner.module.tokenizer.pad_token_id, procs.device)
+        logits = tdrm.step_values(learner.forward, b["input_ids"], None, b["step_ends"])
+        targets, weights = tdrm.targets_and_weights(defaults, logits, b, labelled=False)
+        return tdrm.value_loss(logits, targets, weights, states)
 
-    sft.open_run(cfg, env)
-    log, stopping = sft.Log(cfg, env, start, cfg.steps), sft.catch_signals()
-    skipped = log.last.get("skipped", 0)
-    if not start:
-        log.row(0, **evaluate(model, tokenizer, held_out, cfg, env))
-    order = data.batches([0] * len(problems), cfg.prompts_per_step, cfg.seed, start)
-    for step in range(start, cfg.steps):
-        # 2) G responses to each of P questions, verified.
-        clock = [time.time()]
-        batch = [problems[i] for i in next(order)]
-        keys = range(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step)  # noise: a function of the step
-        rows = rollout(model, tokenizer, batch, keys, cfg, env)
-        clock.append(time.time())
-
-        # 3) The state before the answer, valued; blended rewards; advantages.
-        verifiable, metrics = torch.tensor([row["verifiable"] for row in rows]), {}
-        rewards = verifiable
-        if prm:
-            examples = encode_for(prm_tokenizer, rows)
-            values = value_rollouts(prm, examples, prm_tokenizer.pad_token_id, env)
-            before_answer = [state_before_answer(row["completions"]) for row in rows]
-            process = torch.tensor([v[t] for v, t in zip(values, before_answer)])
-            scores = process if cfg.prm_score == "probability" else torch.logit(process, eps=1e-6)
-            rewards = blended_rewards(verifiable, scores, cfg.alpha)
-            metrics |= {"prm": scores.mean().item(), "prm_auroc": tdrm.auroc(process, verifiable)}
-        advantages = group_advantages(rewards, cfg.group_size, cfg.estimator)
-        for row, advantage in zip(rows, advantages.tolist()):
-            row["advantages"] = np.full(len(row["old_logprobs"]), advantage, dtype=np.float32)
-        metrics |= rollout_metrics(rows, rewards, cfg.group_size)
-        clock.append(time.time())
-
-        # 4) The policy's update; then the reward model's, on the same rollouts.
-        metrics |= policy_step(policy, model, optimizer, rows, ref, step, cfg, env, pad_id)
-        if cfg.prm_lr:
-            norm = train_reward_model(wrapped_prm, prm, others["prm"][2], examples, prm_tokenizer.pad_token_id, cfg, env)
-            metrics["skipped"] = metrics.get("skipped", 0) + (not math.isfinite(norm))
-            after = value_rollouts(prm, examples, prm_tokenizer.pad_token_id, env)
-            metrics["prm_auroc_after"] = tdrm.auroc([v[t] for v, t in zip(after, before_answer)], verifiable)
-        clock.append(time.time())
-
-        # 5) Log, evaluate, save.
-        skipped += metrics.pop("skipped", 0)
-        metrics |= {"skipped": skipped, "questions": (step + 1) * cfg.prompts_per_step}
-        if end_of_step(cfg, env, log, step, metrics, clock, model, tokenizer, held_out, optimizer, others, stopping):
-            return None
-        if cfg.show_every and (step + 1) % cfg.show_every == 0:
-            show(env, f"step {step + 1}, {'right' if rows[0]['correct'] else 'wrong'}, reward {rewards[0]:.2f}", rows[0],
-                 values[0] if prm else None)
-    log.close()
-    return finish(cfg, env, model, tokenizer, held_out, start_time, skipped, **others)
-
-
-def end_of_step(cfg, env, log, step, metrics, clock, model, tokenizer, held_out, optimizer, others, stopping):
-    """Evaluate, log and save where it is time to -> whether to stop here."""
-    done = step + 1
-    metrics |= {"lr": rate(cfg, step), "peak_mib": peak_mib(env)}
-    metrics |= {f"seconds_{what}": b - a for what, a, b in zip(("sampling", "scoring", "update"), clock, clock[1:])}
-    if cfg.eval_every and done % cfg.eval_every == 0 and done < cfg.steps:
-        metrics |= evaluate(model, tokenizer, held_out, cfg, env)
-    log.row(done, **metrics)
-    log.advance(verifiable=metrics["verifiable"], reward=metrics["reward"], length=metrics["response_length"])
-    stop, = sft.all_sum(bool(stopping), env=env)
-    if stop or done == cfg.steps or (cfg.save_every and done % cfg.save_every == 0):
-        sft.save_checkpoint(cfg, env, done, model, tokenizer, optimizer, **others)
-    if stop:
-        log.close()
-        env.print(f"stopped after step {done} of {cfg.steps}; --resume continues")
-    return stop
-
-
-def finish(cfg, env, model, tokenizer, held_out, start_time, skipped, **others):
-    """The last evaluation; the policy in model/, what else was trained in folders of its own -> summary."""
-    summary = evaluate(model, tokenizer, held_out, cfg, env)
-    summary |= {"questions": len(held_out), "steps": cfg.steps, "skipped": skipped}
-    if env.rank == 0:
-        sft.save_model(os.path.join(cfg.out, "model"), model, tokenizer)
-        for name, (other, other_tokenizer, _) in others.items():
-            sft.save_model(os.path.join(cfg.out, name), other, other_tokenizer)
-        sft.write_json(os.path.join(cfg.out, "summary.json"), summary)
-    sft.barrier(env)
-    env.print(f"pass@1 {summary['pass@1']:.3f}, greedy {summary['greedy']:.3f} on {len(held_out)} held-out questions; "
-              f"{time.time() - start_time:.0f} s; the policy is in {os.path.join(cfg.out, 'model')}")
-    return summary
+    accumulate_gradients(learner, examples, cfg.micro_batch_size, loss_fn, procs)
+    return optimizer_step(learner, cfg.prm_lr, cfg.grad_clip)
 
 
 # --------------------------------------------------------------------------------------------------
 # What goes before and beside the loop.
 
-def check(cfg, level, env):
-    """Options that only make sense together -> cfg with the policy and the batch size filled in. Raises BadInput."""
+
+def check(cfg, name, level, procs):
+    """Options that only make sense together -> cfg with what follows from others. Raises BadInput."""
     if not level and not cfg.model:
         raise BadInput("--data: your own problems need --model, the policy to start from")
-    if cfg.group_size == 1 and cfg.estimator != "reinforce":
-        raise BadInput(f"--group_size 1: --estimator {cfg.estimator} compares responses to one question; wanted: 2 or more")
-    rows = cfg.prompts_per_step * cfg.group_size
-    if cfg.batch_size > rows:
-        raise BadInput(f"--batch_size {cfg.batch_size}: a step has only {cfg.prompts_per_step} x {cfg.group_size} responses")
-    return dataclasses.replace(cfg, batch_size=cfg.batch_size or rows, model=cfg.model or sft.builtin_policy(level, env))
+    if cfg.group_size == 1 and cfg.estimator in GROUPED:
+        why = f"--estimator {cfg.estimator} compares responses to one question"
+        raise BadInput(f"--group_size 1: {why}; wanted: 2 or more")
+    P, G = cfg.prompts_per_step, cfg.group_size
+    if cfg.batch_size and cfg.batch_size > P * G:
+        raise BadInput(f"--batch_size {cfg.batch_size}: a step has only {P} x {G} responses")
+    if P * G < procs.world:
+        raise BadInput(f"--prompts_per_step {P}: fewer responses than the {procs.world} processes")
+    if getattr(cfg, "credit", "") == "token":
+        if cfg.estimator not in ("reinforce", "ppo"):
+            raise BadInput(f"--credit token: wanted --estimator reinforce or ppo, not {cfg.estimator}")
+        if cfg.alpha or cfg.prm_lr:
+            raise BadInput("--credit token: a frozen reward model pays; wanted --alpha 0 --prm_lr 0")
+    elif getattr(cfg, "credit", "") == "response":
+        if cfg.estimator == "ppo" or cfg.kl_reward:
+            raise BadInput("--estimator ppo and --kl_reward pay single tokens: wanted --credit token")
+    out = os.path.join("runs", name + (level or "").removeprefix("builtin"))
+    model = cfg.model or sft.builtin_policy(level, procs)
+    return replace(cfg, out=cfg.out or out, model=model)
 
 
-def load_policy(cfg, env, checkpoint):
-    """-> model, tokenizer, the policy to train (in DDP), the initial policy (None without a KL term)."""
-    tokenizer = data.load_tokenizer(checkpoint or cfg.model)
-    model, policy = sft.prepare(load_causal_lm(checkpoint or cfg.model, cfg, env), cfg, env, sft.Policy)
-    return model, tokenizer, policy, load_causal_lm(cfg.model, cfg, env).to(env.device).eval() if cfg.kl_coef else None
+def load_policies(cfg, dtype, procs, checkpoint, wants_initial):
+    """-> the policy's Learner, the initial policy (None where nothing wants it)."""
+    name = os.path.join(checkpoint, "model") if checkpoint else cfg.model
+    policy = Policy(load_policy(name, dtype), load_tokenizer(name))
+    learner, initial = prepare(policy, cfg, procs), None
+    if wants_initial:
+        initial = load_policy(cfg.model, dtype).to(procs.device)
+    return learner, initial
 
 
-def load_causal_lm(name, cfg, env):
-    from transformers import AutoModelForCausalLM
-    return data.load_model(AutoModelForCausalLM, name, dtype=sft.torch_dtype(cfg, env))
+def load_prm(cfg, level, dtype, procs, checkpoint, tokenizer):
+    """-> the reward model, its Learner where it learns; None, None without one."""
+    if cfg.alpha == 1 and not cfg.prm_lr:
+        return None, None
+    name = cfg.prm or tdrm.builtin_reward_model(level, procs)
+    if checkpoint and cfg.prm_lr:
+        name = os.path.join(checkpoint, "prm")
+    prm = load_reward_model(name, dtype, procs.device, "--prm")
+    if cfg.credit == "token" and prm.tokenizer.get_vocab() != tokenizer.get_vocab():
+        why = f"its tokenizer is not the policy's ({cfg.model})"
+        raise BadInput(f"--prm {name}: {why}; it has to score the policy's own tokens")
+    if not cfg.prm_lr:
+        return prm, None
+    if prm.kind != "value":
+        wanted = "a TDRM or another token classifier"
+        raise BadInput(f"--prm_lr: {name} is no model of step values; wanted: {wanted}")
+    return prm, prepare(prm.requires_grad_(True), cfg, procs)
 
 
-def load_state(checkpoint, env, model, optimizer, others):
-    """All optimizers' states from a checkpoint -> steps done; 0 without one."""
-    if not checkpoint:
-        return 0
-    return sft.load_checkpoint(checkpoint, env, model, optimizer, **{k: (m, o) for k, (m, _, o) in others.items()})
-
-
-def load_problems(cfg, level, model, tokenizer, env):
-    """-> training and held-out problems. A question that leaves no room for a response is left out and counted."""
+def load_problems(cfg, level, policy, procs):
+    """-> training and held-out problems. A question that leaves no room for a response is left out and
+    counted."""
     if level:
         problems = data.make_problems(cfg.problems or 2000, "train", cfg.seed, level)
         held_out = data.make_problems(cfg.eval_problems, "test", 0, level)
     else:
-        problems = list(data.read_problems(cfg.data))
-        problems, held_out = (problems, list(data.read_problems(cfg.eval))) if cfg.eval else data.hold_out(problems)
-        problems = problems[:cfg.problems or None]
-    room = min(cfg.max_length, search.longest_context(model.config)) - cfg.max_new_tokens
-    ids = [data.encode_prompt(tokenizer, p["question"]) for p in problems]
-    kept = [p for p, i in zip(problems, ids) if p["question"].strip() and len(i) <= room]
-    held_out = [p for p in held_out[:cfg.eval_problems] if len(data.encode_prompt(tokenizer, p["question"])) <= room]
-    if not kept or not held_out:
-        raise BadInput(f"--max_new_tokens {cfg.max_new_tokens}: no question leaves room for it within {room + cfg.max_new_tokens} "
-                       "tokens (--max_length, or the model's own limit)")
-    data.check_ids(model, [{"input_ids": i} for i in ids], cfg.model)
-    env.print(f"{len(kept)} questions ({len(problems) - len(kept)} blank or too long), {cfg.steps} steps of {cfg.prompts_per_step} x "
-              f"{cfg.group_size}, {env.world} processes on {env.device.type}")
-    return kept, held_out
+        problems = list(read_problems(cfg.data))
+        if cfg.eval:
+            held_out = list(read_problems(cfg.eval))
+        else:
+            problems, held_out = data.hold_out(problems)
+        problems, held_out = problems[: cfg.problems], held_out[: cfg.eval_problems]
+    limit = min(cfg.max_length, longest_context(policy.model.config))
+    kept, lengths = [[], []], []
+    for part, rows in zip(kept, (problems, held_out)):
+        for problem in rows:
+            ids = encode_prompt(policy.tokenizer, problem["question"])
+            lengths.append(ids)
+            if problem["question"].strip() and len(ids) + cfg.max_new_tokens <= limit:
+                part.append(problem)
+    if not kept[0] or not kept[1]:
+        what = "no question leaves room for it within"
+        limits = f"{limit} tokens (--max_length, or the model's own limit)"
+        raise BadInput(f"--max_new_tokens {cfg.max_new_tokens}: {what} {limits}")
+    check_ids(policy.model, lengths, cfg.model)
+    procs.print(
+        f"{len(kept[0])} questions ({len(problems) - len(kept[0])} blank or too long), {cfg.steps} "
+        f"steps of {cfg.prompts_per_step} x {cfg.group_size}, {procs.world} processes on "
+        f"{procs.device.type}"
+    )
+    return kept
 
 
-def evaluate(model, tokenizer, problems, cfg, env):
-    """Share of held-out questions answered right: by one sample, and by greedy decoding. Split over the processes."""
-    mine, right = range(len(problems))[env.rank::env.world], []
+def score_logprobs(model, rollouts, cfg, procs):
+    """log pi of every response token under `model`: an array for each rollout, known to all."""
+
+    def score(part):
+        b = data.collate(part, model.config.pad_token_id or 0, procs.device)
+        mask = b["response_mask"]
+        logprobs, _ = token_logprobs(model, b["input_ids"], mask, cfg.temperature)
+        return unstack(logprobs.cpu(), mask.cpu())
+
+    return over_rows(rollouts, score, procs, cfg.micro_batch_size or 64)
+
+
+def rollout_metrics(rollouts, rewards, group_size):
+    """Means over a step's rollouts, before any of them is left out. A group whose rewards are all equal
+    teaches nothing."""
+    groups = rewards.reshape(-1, group_size)
+
+    def mean(numbers):
+        return float(np.mean(list(numbers)))
+
+    return {
+        "correct": mean(r.correct for r in rollouts),
+        "reward": rewards.mean().item(),
+        "response_length": mean(len(r.old_logprobs) for r in rollouts),
+        "no_signal": (groups.amax(1) - groups.amin(1) < 1e-6).float().mean().item(),
+        "truncated": mean(not r.finished for r in rollouts),
+        "verifier_failed": mean(r.failed for r in rollouts),
+    }
+
+
+def evaluate(policy, problems, cfg, procs):
+    """Share of held-out questions answered right: by one sample, and by greedy decoding."""
+    mine, right = procs.mine(range(len(problems))), []
+    questions, keys = [problems[i]["question"] for i in mine], [10**9 + i for i in mine]
+    options = {"seed": cfg.seed, "keys": keys, "rows_at_once": cfg.rows_at_once}
     for temperature in (cfg.temperature, 0.0):
-        samples = search.sample(model, tokenizer, [problems[i]["question"] for i in mine], 1, temperature, cfg.max_new_tokens,
-                                cfg.seed, keys=[10**9 + i for i in mine], rows_at_once=cfg.rows_at_once)
-        right.append(sum(verified(problems[i], s)["correct"] for i, (s,) in zip(mine, samples)))
-    model.train()
-    sampled, greedy = sft.all_sum(*right, env=env)
+        limits = temperature, cfg.max_new_tokens
+        samples = sample(policy.model, policy.tokenizer, questions, 1, *limits, **options)
+        right.append(sum(as_rollout(problems[i], s).correct for i, (s,) in zip(mine, samples)))
+    policy.model.train()
+    sampled, greedy = procs.sum(*right)
     return {"pass@1": sampled / len(problems), "greedy": greedy / len(problems)}
 
 
-def show(env, title, row, values):
+def finish(run, policy, held_out, cfg, procs):
+    """The last evaluation; the policy in model/, what else was trained in folders of its own."""
+    accuracy = evaluate(policy, held_out, cfg, procs)
+    headline = f"pass@1 {accuracy['pass@1']:.3f}, greedy {accuracy['greedy']:.3f}"
+    headline += f" on {len(held_out)} held-out questions"
+    return run.finish(accuracy | {"questions": len(held_out)}, headline)
+
+
+def show(procs, title, rollout, values):
     """Print a response, with its step values where there are any."""
-    if env.rank == 0:
-        tdrm.print_solution(title + ":", row, values or [0.0] * len(row["completions"]))
+    if procs.rank == 0:
+        tdrm.print_solution(title, rollout, values or [0.0] * len(rollout.completions))
+
+
+# --------------------------------------------------------------------------------------------------
+# Token credit: REINFORCE or PPO on the scores of a frozen Q-RM, ORM or DPO-RM (arXiv 2505.23363).
+
+
+def set_token_advantages(rollouts, prm, critic, cfg, procs):
+    """Each rollout's `advantages`, from token scores and the KL to the initial policy -> the responses'
+    scores (N,), metrics. A frozen reward model can only rate what it has seen: without --kl_reward the
+    policy leaves that ground and games it."""
+    scores, mask = stack(prm.score_tokens(rollouts, procs))  # (N, T)
+    last, total = (scores * last_token(mask)).sum(1), scores.sum(1)
+    whole, correct = prm.values(last, total, mask.sum(1)), [r.correct > 0.5 for r in rollouts]
+    metrics = {"prm_auroc": tdrm.auroc(whole, correct)}
+    metrics |= {"score_mean": scores[mask].mean().item(), "score_std": scores[mask].std().item()}
+    rewards = token_rewards(scores, mask, prm.kind)
+    if critic and prm.kind == "orm":
+        rewards = rewards * last_token(mask)
+    if cfg.kl_reward:
+        logratio, _ = stack([r.old_logprobs - r.initial_logprobs for r in rollouts])
+        rewards, metrics["kl"] = rewards - cfg.kl_reward * logratio, logratio[mask].mean().item()
+    if critic:
+        found = critic.advantages(rewards, mask, rollouts, cfg.gamma, LAMBDA)
+        advantages, metrics["critic_loss"] = found
+    else:
+        advantages = reinforce_advantages(rewards, mask)
+    for rollout, advantage in zip(rollouts, unstack(advantages, mask)):
+        rollout.advantages = advantage
+    return whole, metrics
 
 
 if __name__ == "__main__":
-    sft.launch(main, Config)
+    launch(main, Config, __doc__)

@@ -27,7 +27,7 @@ from parts.answers import verify
 from parts.formats import BadInput, read_trajectories
 from parts.models import check_ids, encode_prompt, load_policy, load_tokenizer, torch_dtype
 from parts.runs import Run, last_checkpoint, launch, opt
-from parts.training import Policy, TrainConfig, accumulate_gradients, learning_rate, local_rows
+from parts.training import Policy, TrainConfig, accumulate_gradients, learning_rate
 from parts.training import optimizer_step, prepare
 
 
@@ -76,9 +76,10 @@ def main(cfg, procs):
             b = data.collate(rows, tokenizer.pad_token_id, procs.device)
             return sft_loss(learner.forward, b["input_ids"], b["response_mask"], tokens)
 
-        rows, lr = local_rows(batch, procs), learning_rate(step, steps, cfg.lr)
-        (loss,) = procs.sum(accumulate_gradients(learner, rows, cfg.micro_batch_size, loss_fn, procs))
-        run.log(loss=loss, grad_norm=optimizer_step(learner, lr, cfg.grad_clip), lr=lr)
+        loss = accumulate_gradients(learner, batch, cfg.micro_batch_size, loss_fn, procs)
+        lr = learning_rate(step, steps, cfg.lr)
+        grad_norm = optimizer_step(learner, lr, cfg.grad_clip)
+        run.log(loss=procs.sum(loss)[0], grad_norm=grad_norm, lr=lr)
         if run.evaluates:
             run.log(**{"pass@1": pass_at_1(model, tokenizer, held_out, cfg, procs)})
     if run.stopped:

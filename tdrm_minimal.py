@@ -43,8 +43,7 @@ from parts.formats import BadInput, read_trajectories
 from parts.models import check_ids, load_tokenizer, torch_dtype
 from parts.rewards import load_reward_model, new_reward_model
 from parts.runs import Run, last_checkpoint, launch, opt
-from parts.training import TrainConfig, accumulate_gradients, learning_rate, local_rows
-from parts.training import optimizer_step, prepare
+from parts.training import TrainConfig, accumulate_gradients, learning_rate, optimizer_step, prepare
 
 METHODS = ("TDRM", "ScalarPRM", "ScalarORM")
 
@@ -189,9 +188,10 @@ def main(cfg, procs):
             targets, weights = targets_and_weights(cfg, logits, b, labelled)
             return value_loss(logits, targets, weights, states)
 
-        rows, lr = local_rows(batch, procs), learning_rate(step, steps, cfg.lr)
-        (loss,) = procs.sum(accumulate_gradients(learner, rows, cfg.micro_batch_size, loss_fn, procs))
-        run.log(loss=loss, grad_norm=optimizer_step(learner, lr, cfg.grad_clip), lr=lr)
+        loss = accumulate_gradients(learner, batch, cfg.micro_batch_size, loss_fn, procs)
+        lr = learning_rate(step, steps, cfg.lr)
+        grad_norm = optimizer_step(learner, lr, cfg.grad_clip)
+        run.log(loss=procs.sum(loss)[0], grad_norm=grad_norm, lr=lr)
         if run.evaluates:
             run.log(**evaluate(cfg, reward.score_steps(held_out, procs), held_out))
             reward.train()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from parts.rewards import new_reward_model, pad_rows
-from parts.training import accumulate_gradients, local_rows, optimizer_step, over_rows, prepare
+from parts.training import accumulate_gradients, optimizer_step, over_rows, prepare
 
 
 def stack(arrays):
@@ -61,6 +61,22 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
     return advantages, (advantages + values) * mask
 
 
+def token_rewards(scores, mask, kind="qrm"):
+    """What a token is paid (N, T): its score, standardised over the batch's tokens (the paper's
+    Algorithm 1), for the level of scores is arbitrary. An ORM knows only the last token's: paid to all.
+    """
+    if kind == "orm":
+        scores = (scores * last_token(mask)).sum(1, keepdim=True) * mask
+    return whiten(scores, mask.float())
+
+
+def reinforce_advantages(rewards, mask):
+    """A_t = r_t, for a Q value is a return already; the last token's is the response's mean: whether to
+    end is a matter of the whole response."""
+    mean = (rewards * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    return torch.where(last_token(mask).bool(), mean, rewards)
+
+
 class Critic:
     """V(x, y_<t) of every response token, read one token earlier, before y_t is known: the initial
     policy with a new head, trained by squared error towards returns."""
@@ -101,8 +117,8 @@ class Critic:
             goals = torch.zeros(mask.shape).masked_scatter(mask, goals).to(values.device)
             return ((values - goals).square() * mask.to(values.device)).sum() / tokens
 
-        mine, size = local_rows(rows, self.procs), self.cfg.micro_batch_size
-        loss = accumulate_gradients(self.learner, mine, size, loss_fn, self.procs)
+        size = self.cfg.micro_batch_size
+        loss = accumulate_gradients(self.learner, rows, size, loss_fn, self.procs)
         optimizer_step(self.learner, self.cfg.critic_lr, self.cfg.grad_clip)
         return self.procs.sum(loss)[0]
 

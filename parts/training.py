@@ -8,7 +8,7 @@
 
 A step of a chapter's loop, with a Learner, is
 
-    loss = accumulate_gradients(learner, local_rows(batch, procs), cfg.micro_batch_size, loss_fn, procs)
+    loss = accumulate_gradients(learner, batch, cfg.micro_batch_size, loss_fn, procs)
     grad_norm = optimizer_step(learner, learning_rate(step, steps, cfg.lr), cfg.grad_clip)
 
 Left out: LoRA, FSDP, packing.
@@ -103,25 +103,25 @@ class Policy(torch.nn.Module):
 # Gradients.
 
 
-def local_rows(batch, procs):
-    """This process's rows of a global batch, dealt in order of length, so that all processes have about equal work."""
-    return procs.mine(sorted(batch, key=len))
+def accumulate_gradients(learner, batch, micro_batch_size, loss_fn, procs):
+    """Add this process's gradients of `loss_fn(micro-batch)` for its rows of a global batch; DDP sums
+    them over the processes, once, at the end. Returns this process's share of the loss, a float.
 
-
-def accumulate_gradients(learner, rows, micro_batch_size, loss_fn, procs):
-    """Add this process's gradients of `loss_fn(micro-batch)`; DDP sums them over the processes, once, at the end.
-
-    `loss_fn` returns a micro-batch's share of the global loss, already divided by the GLOBAL count: sums are all that
-    is left to do. Returns this process's share of the loss, a float.
+    Rows are dealt in order of length, so that all processes have about equal work. `loss_fn` returns a
+    micro-batch's share of the global loss, already divided by the GLOBAL count: sums are all that is
+    left to do.
     """
-    total, size = 0.0, micro_batch_size or len(rows)
+    rows, weight, total = procs.mine(sorted(batch, key=len)), procs.world, 0.0
+    if not rows:  # the others would wait for this process: it goes through the motions
+        rows, weight = batch[:1], 0
+    size = micro_batch_size or len(rows)
     for start in range(0, len(rows), size):
         last = start + size >= len(rows)
-        wait = contextlib.nullcontext() if last or procs.world == 1 else learner.forward.no_sync()
-        with wait:
+        alone = last or procs.world == 1
+        with contextlib.nullcontext() if alone else learner.forward.no_sync():
             loss = loss_fn(rows[start : start + size])
-            (loss * procs.world).backward()  # DDP divides by the number of processes; we want the sum
-        total += loss.item()
+            (loss * weight).backward()  # DDP divides by the number of processes; we want the sum
+        total += loss.item() if weight else 0.0
     return total
 
 
