@@ -1,25 +1,28 @@
 """What a problem, a step, a trajectory and a verified answer are, and how they become tensors.
 
-A *problem* is a question with a gold answer. A *trajectory* is one response to it, cut into *steps* at blank lines. A
-process reward model values the *states* s_t = question + steps 1..t, so this file's job is to know exactly at which
-token each step ends:
+A *problem* is a question with a gold answer. A *trajectory* is one response to it, cut into *steps*
+at blank lines. A process reward model values the *states* s_t = question + steps 1..t, so this
+file's job is to know exactly at which token each step ends:
 
     prompt (chat template) | step 1 \\n\\n | step 2 \\n\\n | ... | step T
                                     ^ V(s_1)       ^ V(s_2)           ^ V(s_T)
 
-Steps are tokenised one by one and concatenated, so the ends come from lengths and never from searching for a separator
-in the ids; masks come from lengths too, never from token values (pad may equal eos).
+Steps are tokenised one by one and concatenated, so the ends come from lengths and never from
+searching for a separator in the ids; masks come from lengths too, never from token values (pad may
+equal eos).
 
-The built-in task is one-digit arithmetic in a chain, the last digit kept: "7+8*3-5" is solved as "7+8=5", "5*3=5",
-"5-5=0", "\\boxed{0}". Its solutions come from a *student with habits*, who gets 30% of the 240 facts wrong 60% of the
-time, always with the same wrong digit. So errors are systematic: majority voting repeats them, and a verifier has
-something to win. Two levels: `builtin` (3 to 6 operations) and `builtin-hard` (8 to 14, 37.5% of the facts), for
-studies in which the first is solved too soon.
+The built-in task is one-digit arithmetic in a chain, the last digit kept: "7+8*3-5" is solved as
+"7+8=5", "5*3=5", "5-5=0", "\\boxed{0}". Its solutions come from a *student with habits*, who gets
+30% of the 240 facts wrong 60% of the time, always with the same wrong digit. So errors are
+systematic: majority voting repeats them, and a verifier has something to win. Two levels: `builtin`
+(3 to 6 operations) and `builtin-hard` (8 to 14, 37.5% of the facts), for studies in which the first
+is solved too soon.
 
-Left out on purpose: packing several trajectories into one row (simple, and faster only with a varlen attention kernel).
+Left out on purpose: packing several trajectories into one row (simple, and faster only with a
+varlen attention kernel).
 
     python data.py                                   # samples of the built-in task
-    python data.py FILE... [--model NAME_OR_FOLDER]  # what a file holds, and one example as the model will see it
+    python data.py FILE... [--model NAME_OR_FOLDER]  # what a file holds, and one example as seen
     python data.py --write 4000 > problems.jsonl     # built-in training problems in a file
 """
 
@@ -35,7 +38,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from parts.answers import extract_answer, verify  # noqa: F401  (these five are what others call data.py for)
+from parts.answers import extract_answer, verify  # noqa: F401
+from parts.formats import split_steps  # noqa: F401
 from parts.formats import BadInput, read_pairs, read_problems, read_trajectories, recognise
 from parts.models import STEP_END, encode_prompt, load_tokenizer, token_ids
 
@@ -54,7 +58,8 @@ def digit(a, op, b):
 
 
 def make_habits():
-    """{level: {fact: wrong digit}}. The habits belong to the task, not to a run: they are the same under every seed."""
+    """{level: {fact: wrong digit}}. The habits belong to the task, not to a run: they are the same
+    under every seed."""
     rng = random.Random(0)
     shaky = rng.sample(FACTS, len(FACTS))
     wrong = {fact: (digit(*fact) + rng.randint(1, 9)) % 10 for fact in shaky}
@@ -68,7 +73,8 @@ HABITS = make_habits()
 
 
 def student(value, operations, rng, habits):
-    """Apply `operations` [(op, operand)...] to `value` as the student does; returns the digit after each one."""
+    """Apply `operations` [(op, operand)...] to `value` as the student does; returns the digit after
+    each one."""
     digits = []
     for op, operand in operations:
         wrong = habits.get((value, op, operand))
@@ -85,7 +91,8 @@ def parse_question(question):
 
 
 def is_test(question):
-    """One question in five is for testing, by its text alone: no seed or size can make train and test overlap."""
+    """One question in five is for testing, by its text alone: no seed or size can make train and
+    test overlap."""
     return zlib.crc32(question.encode()) % 5 == 0
 
 
@@ -105,12 +112,15 @@ def make_problems(n, split="train", seed=0, level="builtin"):
     return [{"question": question, "answer": answer} for question, answer in answers.items()]
 
 
-def make_trajectories(problems, samples=1, label_rollouts=0, label_kind="hard", seed=0, level="builtin"):
-    """Student solutions of built-in problems, as rows of the trajectory format (`samples` for each problem, in order).
+def make_trajectories(
+    problems, samples=1, label_rollouts=0, label_kind="hard", seed=0, level="builtin"
+):
+    """Student solutions of built-in problems, as rows of the trajectory format (`samples` for each
+    problem, in order).
 
-    With `label_rollouts` = K > 0, each step is labelled from K student solutions that continue from it: the fraction
-    that reaches the answer (`label_kind="soft"`), or 1 if any does ("hard", as Math-Shepherd estimates). Without,
-    labels are None and the outcome is all there is.
+    With `label_rollouts` = K > 0, each step is labelled from K student solutions that continue from
+    it: the fraction that reaches the answer (`label_kind="soft"`), or 1 if any does ("hard", as
+    Math-Shepherd estimates). Without, labels are None and the outcome is all there is.
     """
     rng, rows, habits = random.Random(f"solutions {seed}"), [], HABITS[level]
     for problem in problems:
@@ -129,8 +139,8 @@ def make_trajectories(problems, samples=1, label_rollouts=0, label_kind="hard", 
                 for t, value in enumerate(digits[:-1]):
                     rest = operations[t + 1 :]
                     ends = [student(value, rest, rng, habits)[-1] for _ in range(label_rollouts)]
-                    hits = ends.count(answer)
-                    labels.append(hits / label_rollouts if label_kind == "soft" else float(hits > 0))
+                    hits, soft = ends.count(answer), label_kind == "soft"
+                    labels.append(hits / label_rollouts if soft else float(hits > 0))
                 labels += [float(correct)] * 2  # from the last result on nothing is left to chance
             rows.append(
                 {
@@ -146,8 +156,9 @@ def make_trajectories(problems, samples=1, label_rollouts=0, label_kind="hard", 
 
 
 def builtin_tokenizer():
-    """The built-in task's tokenizer: an ordinary `PreTrainedTokenizerFast` with pad, eos and a chat template, made
-    offline, so that the built-in policy and a 7B model take the same path through every script."""
+    """The built-in task's tokenizer: an ordinary `PreTrainedTokenizerFast` with pad, eos and a chat
+    template, made offline, so that the built-in policy and a 7B model take the same path through
+    every script."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocab = SPECIAL + list("0123456789+-*=}") + ["\\boxed{", STEP_END]
@@ -159,7 +170,8 @@ def builtin_tokenizer():
 
 
 def byte_tokenizer():
-    """A tokenizer that spells any text in bytes: for looking at files without a model, and for tests."""
+    """A tokenizer that spells any text in bytes: for looking at files without a model, and for
+    tests."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocab = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -201,10 +213,12 @@ def builtin_level(paths):
 
 
 def encode_trajectory(tokenizer, prompt, steps, eos=False):
-    """-> input_ids, prompt_length, step_ends: the ids of prompt + steps, and for each step the index of its last token.
+    """-> input_ids, prompt_length, step_ends: the ids of prompt + steps, and for each step the
+    index of its last token.
 
-    Every step but the last carries its closing blank line, as when the model writes it. `eos` appends the
-    end-of-response token after the last step: for training a policy, not a PRM, where nothing may follow a prefix.
+    Every step but the last carries its closing blank line, as when the model writes it. `eos`
+    appends the end-of-response token after the last step: for training a policy, not a PRM, where
+    nothing may follow a prefix.
     """
     input_ids, step_ends = encode_prompt(tokenizer, prompt), []
     prompt_length = len(input_ids)
@@ -228,7 +242,7 @@ class Example:
     step_ends: list  # index in input_ids of each step's last token
     labels: list | None = None  # a float in [0, 1] for each step, or None
     correct: bool | None = None  # is the final answer right? None: unknown
-    first_error: int | None = None  # index of the first wrong step, -1: there is none, None: unknown
+    first_error: int | None = None  # the first wrong step's index, -1: there is none, None: unknown
     answer: str | None = None
     source: str = ""  # FILE:LINE
 
@@ -237,11 +251,12 @@ class Example:
 
 
 def encode_rows(rows, encode, max_length):
-    """Trajectory rows -> Examples, number left out. `encode(prompt, steps)` gives ids as encode_trajectory does; a reward
-    model brings its own.
+    """Trajectory rows -> Examples, number left out. `encode(prompt, steps)` gives ids as
+    encode_trajectory does; a reward model brings its own.
 
-    A trajectory longer than `max_length` tokens is left out and counted: cut on the right it would lose its last step,
-    the one its outcome belongs to; cut on the left it would lose the question. Raises BadInput if none is left.
+    A trajectory longer than `max_length` tokens is left out and counted: cut on the right it would
+    lose its last step, the one its outcome belongs to; cut on the left it would lose the question.
+    Raises BadInput if none is left.
     """
     examples, longest, count = [], 0, 0
     known = ("labels", "correct", "first_error", "answer", "source")
@@ -261,7 +276,8 @@ def encode_rows(rows, encode, max_length):
 
 
 def hold_out(rows, fraction=0.05):
-    """-> train rows, held-out rows, cut by question: none is in both. The cut depends on the questions' texts alone."""
+    """-> train rows, held-out rows, cut by question: none is in both. The cut depends on the
+    questions' texts alone."""
 
     def key(row):
         return zlib.crc32(str(row.get("prompt") or row["question"]).encode())
@@ -282,8 +298,10 @@ def hold_out(rows, fraction=0.05):
 def collate(examples, pad_id, device="cpu"):
     """Right-padded tensors of B examples with up to T tokens and S steps.
 
-    -> input_ids, attention_mask (B, T); response_mask (B, T-1), True where the *next* token belongs to the response;
-       step_ends (B, S) indices into T; step_mask (B, S); labels (B, S), 0 where there are none; outcomes (B,).
+    -> input_ids, attention_mask (B, T); response_mask (B, T-1), True where the *next* token belongs
+    to the response;
+       step_ends (B, S) indices into T; step_mask (B, S); labels (B, S), 0 where there are none;
+       outcomes (B,).
     """
     B, T, S = len(examples), max(map(len, examples)), max(len(e.step_ends) for e in examples)
     input_ids, attention_mask = np.full((B, T), pad_id), np.zeros((B, T), dtype=np.int64)
@@ -310,10 +328,12 @@ def collate(examples, pad_id, device="cpu"):
 
 
 def batches(lengths, batch_size, seed=0, start=0):
-    """Index lists of one global batch after another, without end, from the `start`-th on: all a resumed run must know.
+    """Index lists of one global batch after another, without end, from the `start`-th on: all a
+    resumed run must know.
 
-    Each epoch is shuffled, cut into windows of 50 batches, and sorted by length within a window, so that a batch's rows
-    are of like length and little is padded; then the batches are shuffled. What is left at an epoch's end is skipped.
+    Each epoch is shuffled, cut into windows of 50 batches, and sorted by length within a window, so
+    that a batch's rows are of like length and little is padded; then the batches are shuffled. What
+    is left at an epoch's end is skipped.
     """
     lengths = np.asarray(lengths)
     per_epoch = max(1, len(lengths) // batch_size)
@@ -334,7 +354,8 @@ def batches(lengths, batch_size, seed=0, start=0):
 
 
 def show(row, tokenizer):
-    """Print one trajectory as the model sees it: each scored token (a step's last) in «», with its step's label."""
+    """Print one trajectory as the model sees it: each scored token (a step's last) in «», with its
+    step's label."""
     ids, prompt_length, ends = encode_trajectory(tokenizer, row["prompt"], row["completions"])
     labels = row["labels"] or [None] * len(ends)
 
@@ -380,11 +401,21 @@ def show_file(path, tokenizer):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Show what data files hold, or samples of the built-in task.")
-    parser.add_argument("files", nargs="*", help="files of trajectories, problems or preference pairs")
-    parser.add_argument("--model", help="whose tokenizer to show with (default: the built-in one, or bytes)")
-    parser.add_argument("--write", type=int, help="print so many built-in training problems, one JSON line each")
-    parser.error = lambda message: sys.exit(f"data.py: error: {message}")  # one line, without the usage
+    parser = argparse.ArgumentParser(
+        description="Show what data files hold, or samples of the built-in task."
+    )
+    parser.add_argument(
+        "files", nargs="*", help="files of trajectories, problems or preference pairs"
+    )
+    parser.add_argument(
+        "--model", help="whose tokenizer to show with (default: the built-in one, or bytes)"
+    )
+    parser.add_argument(
+        "--write", type=int, help="print so many built-in training problems, one JSON line each"
+    )
+    parser.error = lambda message: sys.exit(
+        f"data.py: error: {message}"
+    )  # one line, without the usage
     args = parser.parse_args()
     if args.write:
         print("\n".join(json.dumps(problem) for problem in make_problems(args.write)))

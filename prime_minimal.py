@@ -1,29 +1,31 @@
-"""PRIME: process rewards for free, from a reward model that learns from outcomes while the policy does
-(arXiv 2502.01456).
+"""PRIME: process rewards for free, from a reward model that learns from outcomes while the policy
+does (arXiv 2502.01456).
 
-Train a language model pi_phi (the implicit PRM) to tell right responses from wrong ones by the sum of its
-log-ratios to a reference; then the log-ratio of each token is a reward for that token, though no step was
-ever labelled:
+Train a language model pi_phi (the implicit PRM) to tell right responses from wrong ones by the sum
+of its log-ratios to a reference; then the log-ratio of each token is a reward for that token,
+though no step was ever labelled:
 
     q_t = log pi_phi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t),   r_t = beta q_t         implicit_rewards
     loss of the PRM = mean over responses of BCE(sigmoid(sum_t r_t), outcome)                train_implicit_prm
 
-Both streams, process and outcome, become advantages, by leave-one-out baselines over the K responses to a
-question (rbar_j: mean token reward of response j; o: outcome), whitened over all response tokens:
+Both streams, process and outcome, become advantages, by leave-one-out baselines over the K
+responses to a question (rbar_j: mean token reward of response j; o: outcome), whitened over all
+response tokens:
 
     A_i,t = sum_{s >= t} [ r_i,s - mean_{j != i} rbar_j ]  +  o_i - mean_{j != i} o_j         prime_advantages
 
-Before that, r is divided by the largest |sum_{s >= t} r_s| of the batch, so beta matters in the PRM's loss
-only; below `floor` there is no signal but rounding, which dividing would blow up, and r is set to 0. One step
-of the loop: sample, verify, keep questions with 20 to 80% right answers, score and update the PRM, update the
-policy (rl_minimal.py's loss).
+Before that, r is divided by the largest |sum_{s >= t} r_s| of the batch, so beta matters in the
+PRM's loss only; below `floor` there is no signal but rounding, which dividing would blow up, and r
+is set to 0. One step of the loop: sample, verify, keep questions with 20 to 80% right answers,
+score and update the PRM, update the policy (rl_minimal.py's loss).
 
-`--update after` (single forward) uses the rewards of the forward that is also trained on; `before` scores
-again with the updated PRM; `none` keeps it frozen. `--reference policy` takes the sampler's own log-probs for
-pi_ref: no third model, and a reward that shrinks as the policy comes to agree with the PRM, so that it is
-harder to game. The published code differs from the paper's equation by a factor K/(K-1) on deviations inside a
-response (`--estimator rloo_code`), and loses the process reward of the last token in one of its versions; we
-keep it. Left out: the dedicated EurusPRM's training recipe (start from any folder with --prm), code execution.
+`--update after` (single forward) uses the rewards of the forward that is also trained on; `before`
+scores again with the updated PRM; `none` keeps it frozen. `--reference policy` takes the sampler's
+own log-probs for pi_ref: no third model, and a reward that shrinks as the policy comes to agree
+with the PRM, so that it is harder to game. The published code differs from the paper's equation by
+a factor K/(K-1) on deviations inside a response (`--estimator rloo_code`), and loses the process
+reward of the last token in one of its versions; we keep it. Left out: the dedicated EurusPRM's
+training recipe (start from any folder with --prm), code execution.
 
     python prime_minimal.py                                          # built-in policy, outcomes only
     python prime_minimal.py --estimator grpo --update before
@@ -33,7 +35,8 @@ keep it. Left out: the dedicated EurusPRM's training recipe (start from any fold
         --lr 5e-7 --prm_lr 1e-6 --prompts_per_step 256 --group_size 4 --batch_size 256 \\
         --max_length 4096 --max_new_tokens 3072 --micro_batch_size 2 --grad_checkpoint
 
-Files in --out: as in rl_minimal.py; prm/ is the implicit PRM, a causal LM with its reference in prm/reference.
+Files in --out: as in rl_minimal.py; prm/ is the implicit PRM, a causal LM with its reference in
+prm/reference.
 """
 
 import os
@@ -77,27 +80,27 @@ class Config(rl.RLConfig):
 
 
 def implicit_rewards(logprobs, ref_logprobs, mask, beta):
-    """Process rewards beta * (log pi_phi - log pi_ref) of every token, the last included: (N, T), 0 outside
-    the mask."""
+    """Process rewards beta * (log pi_phi - log pi_ref) of every token, the last included: (N, T), 0
+    outside the mask."""
     return torch.where(mask.bool(), beta * (logprobs - ref_logprobs), 0.0)
 
 
 def normalise(process, mask, floor=1e-3):
-    """Process rewards over their largest absolute return in the batch; 0 where that is below `floor`, mere
-    rounding."""
+    """Process rewards over their largest absolute return in the batch; 0 where that is below
+    `floor`, mere rounding."""
     largest = returns(process, mask).abs().max()
     return process / (largest + 1e-6) if largest > floor else torch.zeros_like(process)
 
 
 def prime_advantages(process, outcomes, mask, group_size, estimator="rloo", process_weight=1.0, floor=1e-3):
-    """Advantages (N, T) from process rewards (N, T) and outcomes (N,) of the GLOBAL batch; mask (N, T).
-    Comes along: normalise; returns, whiten and last_token of parts/credit.py.
+    """Advantages (N, T) from process rewards (N, T) and outcomes (N,) of the GLOBAL batch; mask (N,
+    T). Comes along: normalise; returns, whiten and last_token of parts/credit.py.
 
     rloo       the paper's Eq. 5 (its baseline is the mean TOKEN reward of the others), whitened
-    rloo_code  the released code: deviations inside a response K/(K-1) times as large, whitened
-    grpo       both streams (x - group mean) / group std;  reinforce: no baseline
-    value      the PRM as value model: A_t = o - (sum of process rewards before t), whitened; not normalised
-    ValueError where the rows are not whole groups of two or more.
+    rloo_code  the released code: deviations inside a response K/(K-1) times as large, whitened grpo
+    both streams (x - group mean) / group std;  reinforce: no baseline value      the PRM as value
+    model: A_t = o - (sum of process rewards before t), whitened; not normalised ValueError where
+    the rows are not whole groups of two or more.
     """
     N, K = len(outcomes), group_size
     if N % K or (K == 1 and estimator != "reinforce"):
@@ -136,16 +139,16 @@ def prime_advantages(process, outcomes, mask, group_size, estimator="rloo", proc
 
 
 def pair_accuracy(scores, outcomes, group_size):
-    """Share of (right, wrong) pairs inside groups whose right response scores higher; NaN where there is no
-    pair."""
+    """Share of (right, wrong) pairs inside groups whose right response scores higher; NaN where
+    there is no pair."""
     scores, right = scores.reshape(-1, group_size), outcomes.reshape(-1, group_size) > 0.5
     pairs = right[:, :, None] & ~right[:, None, :]
     return (scores[:, :, None] > scores[:, None, :])[pairs].float().mean().item()
 
 
 def accuracy_filter(rollouts, group_size, accuracy, most):
-    """The groups of the first `most` questions whose share of right answers lies within `accuracy`, ends
-    included."""
+    """The groups of the first `most` questions whose share of right answers lies within `accuracy`,
+    ends included."""
     kept = []
     for i in range(0, len(rollouts), group_size):
         group = rollouts[i : i + group_size]
@@ -192,8 +195,8 @@ def main(cfg, procs):
         run.log(**rl.rollout_metrics(rollouts, correct, cfg.group_size), kept=len(kept) / len(rollouts))
         run.lap("sampling")
 
-        # 3) Process rewards, with the PRM's step; advantages over the global batch. Without a group left: no
-        #    update.
+        # 3) Process rewards, with the PRM's step; advantages over the global batch. Without a group
+        # left: no    update.
         if kept:
             outcomes = torch.tensor([r.correct for r in kept])
             process, mask = stack([np.zeros_like(r.old_logprobs) for r in kept])  # without a PRM
@@ -258,8 +261,8 @@ def load_prm(cfg, dtype, procs, checkpoint, tokenizer):
 
 
 def process_rewards(rollouts, prm, reference, cfg, procs):
-    """Implicit process rewards (N, T) of every response token, by --update and --reference, and metrics; the
-    PRM's step is taken on the way."""
+    """Implicit process rewards (N, T) of every response token, by --update and --reference, and
+    metrics; the PRM's step is taken on the way."""
 
     def score(model):
         return rl.score_logprobs(model, rollouts, cfg, procs)
@@ -289,9 +292,9 @@ def process_rewards(rollouts, prm, reference, cfg, procs):
 
 
 def train_implicit_prm(prm, rollouts, cfg, procs):
-    """One pass of the PRM over rollouts with `prm_ref_logprobs` -> its log-probs, an array for each, from the
-    forward that was trained on; mean loss; gradient norm. With several batches a later one is read after the
-    earlier ones' steps."""
+    """One pass of the PRM over rollouts with `prm_ref_logprobs` -> its log-probs, an array for
+    each, from the forward that was trained on; mean loss; gradient norm. With several batches a
+    later one is read after the earlier ones' steps."""
     seen, total, size = {}, 0.0, cfg.batch_size or len(rollouts)
     place = {id(r): i for i, r in enumerate(rollouts)}
     for begin in range(0, len(rollouts), size):
@@ -315,8 +318,8 @@ def train_implicit_prm(prm, rollouts, cfg, procs):
 
 
 def shuffled(process, mask, seed, step):
-    """The rewards of each response in random order (a control: what does knowing WHERE add?). The same on
-    every process."""
+    """The rewards of each response in random order (a control: what does knowing WHERE add?). The
+    same on every process."""
     rng, process = np.random.default_rng([seed, step]), process.clone()
     for row, m in zip(process, mask.bool()):
         row[m] = row[m][torch.from_numpy(rng.permutation(int(m.sum())))]

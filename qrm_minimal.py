@@ -1,26 +1,26 @@
 """Q-RM: token-level Q values from preference pairs (arXiv 2505.23363), with its two baselines.
 
-A scalar head on every token, trained only on which of two responses is right, turns out to be a Q function:
-no step labels, no reference model, no language-model head. z_t is the number at response token t itself, N_w
-and N_l the lengths:
+A scalar head on every token, trained only on which of two responses is right, turns out to be a Q
+function: no step labels, no reference model, no language-model head. z_t is the number at response
+token t itself, N_w and N_l the lengths:
 
     s(y)  = mean_t z_t                                                                   response_scores
     loss  = - log sigmoid( beta (s(y_w) - s(y_l)) - margin ),  the mean over the pairs         pair_loss
 
-Preference as a Bradley-Terry model of the MEAN reward, with a maximum-entropy policy exp(z) / sum exp(z)
-behind it, gives beta z_t = Q(s_t, y_t) + c(s_t); what depends on the pair alone is put into one constant, the
-margin. Only differences of z are learned: its level is arbitrary. The loss presses on until s(y_w) - s(y_l) >
-margin / beta, so the scale of z grows; the paper's beta 0.2 asks for a gap of 10, too far for a small new head
-in a minute: the default is 2.
+Preference as a Bradley-Terry model of the MEAN reward, with a maximum-entropy policy exp(z) / sum
+exp(z) behind it, gives beta z_t = Q(s_t, y_t) + c(s_t); what depends on the pair alone is put into
+one constant, the margin. Only differences of z are learned: its level is arbitrary. The loss
+presses on until s(y_w) - s(y_l) > margin / beta, so the scale of z grows; the paper's beta 0.2 asks
+for a gap of 10, too far for a small new head in a minute: the default is 2.
     --method ORM      s(y) = z of the last token, beta 1, margin 0: an outcome reward model
     --method DPO-RM   z_t = beta (log pi - log pi_ref)(y_t), s(y) = sum_t z_t, margin 0: DPO's policy as a
                       reward model. The log-prob of token t is read at position t - 1 (the released code reads
                       it one token too late)
 
 Pairs: a file of pairs; right x wrong responses to a question out of trajectories with an outcome
-(--pairs_from); or the policy answers questions and is verified (the default). No question is in both training
-and held-out pairs. RL with these models is rl_minimal.py --credit token.
-Left out: LoRA; the focal, pointwise and step-level losses of the released code; value-guided sampling.
+(--pairs_from); or the policy answers questions and is verified (the default). No question is in
+both training and held-out pairs. RL with these models is rl_minimal.py --credit token. Left out:
+LoRA; the focal, pointwise and step-level losses of the released code; value-guided sampling.
 
     python qrm_minimal.py                                            # pairs, Q-RM, its accuracy, coloured tokens
     python qrm_minimal.py --method DPO-RM --pairs_from runs/search/samples.jsonl
@@ -77,11 +77,13 @@ class Config(TrainConfig):
 
 
 # --------------------------------------------------------------------------------------------------
-# The maths. (N, T) = responses by tokens; a mask is True on response tokens, the one that ends it included.
+# The maths. (N, T) = responses by tokens; a mask is True on response tokens, the one that ends it
+# included.
 
 
 def response_scores(q, mask, reduce="mean"):
-    """Token scores (N, T) -> (N,): their mean, their sum, or that of the last token; 0 for an empty mask."""
+    """Token scores (N, T) -> (N,): their mean, their sum, or that of the last token; 0 for an empty
+    mask."""
     mask = mask.bool()
     q = torch.where(mask, q, 0.0)
     if reduce == "last":
@@ -90,12 +92,12 @@ def response_scores(q, mask, reduce="mean"):
 
 
 def pair_loss(q_chosen, q_rejected, mask_chosen, mask_rejected, beta=0.2, margin=2.0, reduce="mean", count=None):
-    """Sum over the pairs of -log sigmoid(beta (s_chosen - s_rejected) - margin) / `count` (default: their
-    number). Comes along: response_scores; last_token of parts/credit.py.
+    """Sum over the pairs of -log sigmoid(beta (s_chosen - s_rejected) - margin) / `count` (default:
+    their number). Comes along: response_scores; last_token of parts/credit.py.
 
-    The chosen side's q and mask are (N, T), the rejected side's (N, T'). A pair with an empty mask on either
-    side is left out; where none is left the loss is 0. With micro-batches or processes, `count` is the global
-    batch's."""
+    The chosen side's q and mask are (N, T), the rejected side's (N, T'). A pair with an empty mask
+    on either side is left out; where none is left the loss is 0. With micro-batches or processes,
+    `count` is the global batch's."""
     valid = mask_chosen.any(1) & mask_rejected.any(1)
     chosen = response_scores(q_chosen, mask_chosen, reduce)
     rejected = response_scores(q_rejected, mask_rejected, reduce)
@@ -109,7 +111,8 @@ def pair_loss(q_chosen, q_rejected, mask_chosen, mask_rejected, beta=0.2, margin
 
 def main(cfg, procs):
     """Train a reward model from pairs -> summary (also in summary.json)."""
-    # 1) Pairs, and the model: a policy with a new head of one number per token, or with itself as reference.
+    # 1) Pairs, and the model: a policy with a new head of one number per token, or with itself as
+    # reference.
     level = data.builtin_level(cfg.data)
     if not level and not cfg.model:
         raise BadInput("--data: your own pairs need --model, the policy to start from")
@@ -188,8 +191,8 @@ class Pair:
 
 
 def load_data(cfg, level, tokenizer, procs):
-    """-> training Pairs, held-out Pairs, held-out trajectories that know their first wrong step, number of
-    pairs left out."""
+    """-> training Pairs, held-out Pairs, held-out trajectories that know their first wrong step,
+    number of pairs left out."""
     trajectories, held_out = [], None
     if level:
         test = data.make_problems(cfg.eval_problems, "test", 0, level)
@@ -223,8 +226,9 @@ def load_data(cfg, level, tokenizer, procs):
 
 
 def make_pairs(rows, most, seed=0):
-    """Right x wrong responses to the same question, at most `most` for each, out of trajectory rows with
-    "correct". Equal responses count once. Which pairs are taken depends on the seed and the question alone."""
+    """Right x wrong responses to the same question, at most `most` for each, out of trajectory rows
+    with "correct". Equal responses count once. Which pairs are taken depends on the seed and the
+    question alone."""
     questions, pairs = {}, []
     for row in rows:
         if row["correct"] is None:
@@ -243,8 +247,8 @@ def make_pairs(rows, most, seed=0):
 
 
 def sample_pairs(problems, first_key, cfg, tokenizer, procs):
-    """Pairs of verified samples of the policy. A response cut at --max_new_tokens has no end to score, and is
-    left out."""
+    """Pairs of verified samples of the policy. A response cut at --max_new_tokens has no end to
+    score, and is left out."""
     if not problems:
         return []
     model = load_policy(cfg.model, torch_dtype(cfg, procs.device)).to(procs.device)
@@ -257,8 +261,8 @@ def sample_pairs(problems, first_key, cfg, tokenizer, procs):
 
 
 def read_files(paths, cfg, tokenizer, procs):
-    """Files of pairs, of trajectories or of problems -> pairs, and the trajectories that know their first
-    wrong step."""
+    """Files of pairs, of trajectories or of problems -> pairs, and the trajectories that know their
+    first wrong step."""
     rows = {"pairs": [], "trajectories": [], "problems": []}
     read = {"pairs": read_pairs, "trajectories": read_trajectories, "problems": read_problems}
     for path in paths:
@@ -276,7 +280,8 @@ def read_files(paths, cfg, tokenizer, procs):
 
 
 def encode_pairs(pairs, encode, max_length):
-    """-> Pairs that fit, number left out: of two equal responses (nothing to learn), or too long."""
+    """-> Pairs that fit, number left out: of two equal responses (nothing to learn), or too
+    long."""
     kept, longest = [], 0
     for pair in pairs:
         prompt, sides = pair["prompt"], []
@@ -304,7 +309,8 @@ MEASURES = {
 
 
 def evaluate(reward, pairs, trajectories, level, cfg, procs):
-    """Held-out measures -> dict. `middle`: the token score half way between right and wrong responses."""
+    """Held-out measures -> dict. `middle`: the token score half way between right and wrong
+    responses."""
     sides = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
     scores, mask = stack(reward.score_tokens(sides, procs))  # (2 pairs, T)
     chosen, rejected = response_scores(scores, mask, METHODS[cfg.method][1]).reshape(-1, 2).T
@@ -324,13 +330,14 @@ def evaluate(reward, pairs, trajectories, level, cfg, procs):
 
 
 def localisation_auroc(scores, first_errors):
-    """AUROC of "here is the first error" from how far the score falls: does it fall where the error is made?
+    """AUROC of "here is the first error" from how far the score falls: does it fall where the error
+    is made?
 
-    scores: for each solution a list, one number for each unit (step or token), read when the unit is there: a
-    value, a Q, or a sum of rewards so far. first_errors: index of the first wrong unit, -1: none. The fall at
-    unit t is s_t-1 - s_t; at the first, from the mean first score of all solutions. Units behind the first
-    wrong one are left out: whether what builds on an error is right is not defined. NaN if there is no error,
-    or nothing else.
+    scores: for each solution a list, one number for each unit (step or token), read when the unit
+    is there: a value, a Q, or a sum of rewards so far. first_errors: index of the first wrong unit,
+    -1: none. The fall at unit t is s_t-1 - s_t; at the first, from the mean first score of all
+    solutions. Units behind the first wrong one are left out: whether what builds on an error is
+    right is not defined. NaN if there is no error, or nothing else.
     """
     start, falls, wrong = np.mean([s[0] for s in scores if len(s)] or [0.0]), [], []
     for s, error in zip(scores, first_errors):
@@ -341,7 +348,8 @@ def localisation_auroc(scores, first_errors):
 
 
 def step_scores(scores, e, kind):
-    """Token scores -> one for each step: their mean over its tokens; of log-ratios, their sum up to its end."""
+    """Token scores -> one for each step: their mean over its tokens; of log-ratios, their sum up to
+    its end."""
     found, begin = [], 0
     for end in e.step_ends:
         end += 1 - e.prompt_length
@@ -351,12 +359,14 @@ def step_scores(scores, e, kind):
 
 
 def result_token(e, t):
-    """Which response token is the result of built-in step t: the step's last before its blank line."""
+    """Which response token is the result of built-in step t: the step's last before its blank
+    line."""
     return e.step_ends[t] - e.prompt_length - (t < len(e.step_ends) - 1)
 
 
 def choose_two(pairs, trajectories):
-    """A right and a wrong response, if possible one that knows where it goes wrong -> [(title, example)]."""
+    """A right and a wrong response, if possible one that knows where it goes wrong -> [(title,
+    example)]."""
     right = [e for e in trajectories if e.first_error < 0] or [pairs[0].chosen]
     wrong = [e for e in trajectories if e.first_error >= 0 and not e.correct] or [pairs[0].rejected]
     if wrong[0].first_error is not None:
@@ -365,8 +375,8 @@ def choose_two(pairs, trajectories):
 
 
 def print_tokens(title, tokenizer, e, scores, middle):
-    """A response's tokens with their scores, a step to a line: red below `middle`, green above, or in plain
-    numbers where the output is no terminal."""
+    """A response's tokens with their scores, a step to a line: red below `middle`, green above, or
+    in plain numbers where the output is no terminal."""
     color, shades = sys.stdout.isatty(), (196, 203, 217, 255, 157, 83, 46)
     spread = max(1e-9, float(np.abs(np.asarray(scores) - middle).max()))
     question = e.prompt if isinstance(e.prompt, str) else e.prompt[-1]["content"]

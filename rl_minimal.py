@@ -1,27 +1,28 @@
 """RLVR with a process reward model blended in (TDRM's Algorithm 1): GRPO on verifiable rewards.
 
-A verifier says whether the final answer is right, nothing about the way there. The reward model adds
-what it thinks of the state just before the answer; for G responses tau_1..tau_G to one question
+A verifier says whether the final answer is right, nothing about the way there. The reward model
+adds what it thinks of the state just before the answer; for G responses tau_1..tau_G to one
+question
 
     R_i = alpha * verifiable_i + (1 - alpha) * V(s_T-1 of tau_i)                  blended_rewards
     A_i = (R_i - mean_j R_j) / std_j R_j                                          group_advantages
     loss = - sum_{i,t} min(rho A_i, clip(rho, 1 - e, 1 + e) A_i) / (response tokens of the global batch)
     rho = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)                               policy_loss
 
-T is the step that holds the answer: V(s_T) would only repeat what the verifier knows. pi_old are the
-log-probs the sampler itself reported (fp32, same temperature, no top-k or top-p), so
+T is the step that holds the answer: V(s_T) would only repeat what the verifier knows. pi_old are
+the log-probs the sampler itself reported (fp32, same temperature, no top-k or top-p), so
 `max_ratio_deviation`, logged from the first pass, is a check that the sampled policy is the trained
 one. `--alpha 1` is rule-only and loads no reward model, `--alpha 0` is the reward model alone.
 
-`--prm_lr` above 0 keeps the reward model on-policy: after scoring, the same rollouts train it on their
-outcomes (tdrm_minimal.py's targets without step labels), so that it does not go stale as the policy
-moves. This is ours, not the paper's.
+`--prm_lr` above 0 keeps the reward model on-policy: after scoring, the same rollouts train it on
+their outcomes (tdrm_minimal.py's targets without step labels), so that it does not go stale as the
+policy moves. This is ours, not the paper's.
 
 `--credit token` pays every token by a reward model with token scores (Q-RM, ORM, DPO-RM; see
 qrm_minimal.py) instead, with `--estimator reinforce` or `ppo`: the last section.
 
-Every process learns all rollouts of a step, so filters, baselines and counts are computed on the global
-batch, by every process alike, and rows are then dealt out by length. A group is never split.
+Every process learns all rollouts of a step, so filters, baselines and counts are computed on the
+global batch, by every process alike, and rows are then dealt out by length. A group is never split.
 Left out: asynchronous sampling (a vLLM beside the trainer), entropy bonus, partial rollouts.
 
     python rl_minimal.py                                     # built-in: pass@1 0.45 -> 0.95+ in minutes
@@ -32,8 +33,8 @@ Left out: asynchronous sampling (a vLLM beside the trainer), entropy bonus, part
         --data math_level3.jsonl --prompts_per_step 128 --group_size 7 --lr 1e-6 \\
         --max_new_tokens 2048 --max_length 2560 --micro_batch_size 2 --grad_checkpoint
 
-Files in --out: as in tdrm_minimal.py; rows of metrics.jsonl also hold clock times (seconds_*). prm/ with
---prm_lr.
+Files in --out: as in tdrm_minimal.py; rows of metrics.jsonl also hold clock times (seconds_*). prm/
+with --prm_lr.
 """
 
 import os
@@ -106,8 +107,8 @@ def blended_rewards(verifiable, prm, alpha):
 def group_advantages(rewards, group_size, estimator="grpo"):
     """Rewards (N,), groups of `group_size` standing together -> advantages (N,).
 
-    grpo (R - mean) / std, 0 where a group has no spread; dr_grpo (arXiv 2503.20783) R - mean;
-    rloo R - mean of the others; reinforce R. ValueError where rewards do not make whole groups, or a
+    grpo (R - mean) / std, 0 where a group has no spread; dr_grpo (arXiv 2503.20783) R - mean; rloo
+    R - mean of the others; reinforce R. ValueError where rewards do not make whole groups, or a
     group of one is its own baseline.
     """
     if rewards.numel() % group_size or (group_size == 1 and estimator != "reinforce"):
@@ -125,11 +126,12 @@ def group_advantages(rewards, group_size, estimator="grpo"):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, count=None):
-    """PPO's clipped surrogate, negated: sum over the masked tokens / `count` (default: their number).
+    """PPO's clipped surrogate, negated: sum over the masked tokens / `count` (default: their
+    number).
 
-    logprobs, old_logprobs, mask (N, T); advantages (N, T), or (N,), one for all tokens of a response.
-    `clip_eps`: one number, or (below, above). With micro-batches or processes, `count` is the global
-    batch's.
+    logprobs, old_logprobs, mask (N, T); advantages (N, T), or (N,), one for all tokens of a
+    response. `clip_eps`: one number, or (below, above). With micro-batches or processes, `count` is
+    the global batch's.
     """
     below, above = clip_eps if isinstance(clip_eps, (tuple, list)) else (clip_eps, clip_eps)
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
@@ -153,8 +155,8 @@ def kl_divergence(logprobs, other_logprobs):
 
 @dataclass
 class Rollout(data.Example):
-    """A response of the policy. `correct` is the verifier's word, a number from 0 to 1. Arrays hold one
-    number per response token."""
+    """A response of the policy. `correct` is the verifier's word, a number from 0 to 1. Arrays hold
+    one number per response token."""
 
     text: str = ""
     finished: bool = True  # ended by itself, not at max_new_tokens
@@ -250,7 +252,8 @@ def roll_out(policy, problems, first_key, cfg, procs):
 
 
 def as_rollout(problem, s):
-    """A verified Sample. Its token ids are the policy's own; its steps are there for reward models."""
+    """A verified Sample. Its token ids are the policy's own; its steps are there for reward
+    models."""
     try:
         correct, failed = float(verify(s.text, problem["answer"])), False
     except Exception:
@@ -279,8 +282,8 @@ def encode_for(prm, rollouts):
 
 
 def state_before_answer(e):
-    """Index of s_T-1, the state before the step that holds the answer; a response that begins with it
-    has only that one."""
+    """Index of s_T-1, the state before the step that holds the answer; a response that begins with
+    it has only that one."""
     steps = e.completions
     for t, step in enumerate(steps):
         if "\\boxed" in step or "####" in step:
@@ -289,7 +292,8 @@ def state_before_answer(e):
 
 
 def update_policy(policy, rollouts, step, cfg, procs):
-    """The clipped policy gradient over a step's rollouts with old_logprobs and advantages -> metrics."""
+    """The clipped policy gradient over a step's rollouts with old_logprobs and advantages ->
+    metrics."""
     size, pad_id = cfg.batch_size or len(rollouts), policy.module.tokenizer.pad_token_id
     lr, totals, deviation = rate(cfg, step), np.zeros(4), 0.0
     for begin in range(0, len(rollouts), size):
@@ -336,7 +340,8 @@ def update_policy(policy, rollouts, step, cfg, procs):
 
 
 def on_tokens(arrays, mask):
-    """Arrays of one number per response token -> (B, T-1), each at its token, 0 outside the mask."""
+    """Arrays of one number per response token -> (B, T-1), each at its token, 0 outside the
+    mask."""
     numbers = torch.from_numpy(np.concatenate(arrays)).float().to(mask.device)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, numbers)
 
@@ -349,7 +354,8 @@ def rate(cfg, step):
 
 
 def train_reward_model(learner, examples, cfg, procs):
-    """One step on the rollouts' outcomes: tdrm_minimal.py's loss without step labels -> grad norm."""
+    """One step on the rollouts' outcomes: tdrm_minimal.py's loss without step labels -> grad
+    norm."""
     states, defaults = sum(len(e.step_ends) for e in examples), tdrm.Config()
 
     def loss_fn(rows):
@@ -367,7 +373,8 @@ def train_reward_model(learner, examples, cfg, procs):
 
 
 def check(cfg, name, level, procs):
-    """Options that only make sense together -> cfg with what follows from others. Raises BadInput."""
+    """Options that only make sense together -> cfg with what follows from others. Raises
+    BadInput."""
     if not level and not cfg.model:
         raise BadInput("--data: your own problems need --model, the policy to start from")
     if cfg.group_size == 1 and cfg.estimator in GROUPED:
@@ -421,8 +428,8 @@ def load_prm(cfg, level, dtype, procs, checkpoint, tokenizer):
 
 
 def load_problems(cfg, level, policy, procs):
-    """-> training and held-out problems. A question that leaves no room for a response is left out and
-    counted."""
+    """-> training and held-out problems. A question that leaves no room for a response is left out
+    and counted."""
     if level:
         problems = data.make_problems(cfg.problems or 2000, "train", cfg.seed, level)
         held_out = data.make_problems(cfg.eval_problems, "test", 0, level)
@@ -467,8 +474,8 @@ def score_logprobs(model, rollouts, cfg, procs):
 
 
 def rollout_metrics(rollouts, rewards, group_size):
-    """Means over a step's rollouts, before any of them is left out. A group whose rewards are all equal
-    teaches nothing."""
+    """Means over a step's rollouts, before any of them is left out. A group whose rewards are all
+    equal teaches nothing."""
     groups = rewards.reshape(-1, group_size)
 
     def mean(numbers):
@@ -517,9 +524,9 @@ def show(procs, title, rollout, values):
 
 
 def set_token_advantages(rollouts, prm, critic, cfg, procs):
-    """Each rollout's `advantages`, from token scores and the KL to the initial policy -> the responses'
-    scores (N,), metrics. A frozen reward model can only rate what it has seen: without --kl_reward the
-    policy leaves that ground and games it."""
+    """Each rollout's `advantages`, from token scores and the KL to the initial policy -> the
+    responses' scores (N,), metrics. A frozen reward model can only rate what it has seen: without
+    --kl_reward the policy leaves that ground and games it."""
     scores, mask = stack(prm.score_tokens(rollouts, procs))  # (N, T)
     last, total = (scores * last_token(mask)).sum(1), scores.sum(1)
     whole, correct = prm.values(last, total, mask.sum(1)), [r.correct > 0.5 for r in rollouts]

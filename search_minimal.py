@@ -83,7 +83,8 @@ class Config:
 
 @dataclass
 class Beam:
-    """A response under construction. `group` is what it competes in: its problem, or its subtree."""
+    """A response under construction. `group` is what it competes in: its problem, or its
+    subtree."""
 
     group: int
     token_ids: list
@@ -112,7 +113,8 @@ def tree_search(model, tokenizer, prm, prompts, keep, expand, subtrees=1, temper
     groups = [i for i in range(len(prompts)) for _ in range(subtrees)]  # group -> prompt
     room, count = min(max_step_tokens, 16), Counter()  # for a step; the cache grows if need be
 
-    # The root: a row for each prompt, however many samples begin there. decode() reads the policy's.
+    # The root: a row for each prompt, however many samples begin there. decode() reads the
+    # policy's.
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     cache, ids, mask = prompt_cache(encoded, device, len(groups) * keep * expand, room)
     encoded = [prm.encode(prompt, [])[0] for prompt in prompts]
@@ -186,8 +188,8 @@ def distinct_candidates(parents, tokens, texts, ends):
 
 
 def score_candidates(prm, cache, parents, candidates, device):
-    """Read each candidate's new step behind its parent's row and set its value -> the reward model's
-    new cache, a row a candidate; tokens scored."""
+    """Read each candidate's new step behind its parent's row and set its value -> the reward
+    model's new cache, a row a candidate; tokens scored."""
     steps, before = [], []
     for row, beam in enumerate(candidates):
         parent = parents[beam.row]
@@ -240,7 +242,8 @@ def pass_at_n(right, total, n):
 
 
 def vote(answers, weights):
-    """The answer (a key; None: no answer) with the most weight; ties go to the one that came first."""
+    """The answer (a key; None: no answer) with the most weight; ties go to the one that came
+    first."""
     votes = Counter()
     for answer, weight in zip(answers, weights):
         if answer is not None:
@@ -380,9 +383,9 @@ def score_responses(prm, prompts, responses, device):
 
 
 def in_chunks(cfg, procs, count, at_once, work):
-    """Apply `work([index...]) -> [record...]` to problems 0..count-1, split over the processes -> all
-    records by index. Each chunk's results are written at once, so that a stopped run loses one chunk
-    at most; with --resume, records already in --out are kept."""
+    """Apply `work([index...]) -> [record...]` to problems 0..count-1, split over the processes ->
+    all records by index. Each chunk's results are written at once, so that a stopped run loses one
+    chunk at most; with --resume, records already in --out are kept."""
     open_folder(cfg, procs)
     folder = os.path.join(cfg.out, "state")
 
@@ -494,8 +497,8 @@ def print_table(rows, count):
 
 
 def write_samples(cfg, problems, records):
-    """samples.jsonl: every response as a trajectory row -> number of responses without a step, which
-    are left out."""
+    """samples.jsonl: every response as a trajectory row -> number of responses without a step,
+    which are left out."""
     path, empty = os.path.join(cfg.out, "samples.jsonl"), 0
     with open(path + ".tmp", "w") as f:
         for record in records:
@@ -514,7 +517,8 @@ def write_samples(cfg, problems, records):
 
 
 def show_search(cfg, question, name, policy, prm):
-    """Print one beam search: the candidates of each depth with their values, the kept ones marked."""
+    """Print one beam search: the candidates of each depth with their values, the kept ones
+    marked."""
     trace, b = [], max(cfg.expand)
     options = {"temperature": cfg.temperature, "max_step_tokens": cfg.max_step_tokens}
     options |= {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "trace": trace}

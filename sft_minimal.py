@@ -4,16 +4,17 @@ With response tokens y_1..y_n after the prompt x,
 
     loss = - sum_{rows, t} log pi(y_t | x, y_<t) / (response tokens of the whole global batch)              sft_loss
 
-The lines of the loop are the same in every chapter; parts/training.py has them, with what makes them right on any number
-of processes. With no options this trains the built-in policy (134k parameters) that the other chapters start from.
-Left out: packing, LoRA, FSDP.
+The lines of the loop are the same in every chapter; parts/training.py has them, with what makes
+them right on any number of processes. With no options this trains the built-in policy (134k
+parameters) that the other chapters start from. Left out: packing, LoRA, FSDP.
 
     python sft_minimal.py                                                    # the built-in policy
     python sft_minimal.py --data builtin-hard                                # the one for long chains
     torchrun --nproc_per_node=8 sft_minimal.py --model Qwen/Qwen2.5-Math-7B --data solutions.jsonl \\
         --lr 1e-5 --batch_size 128 --micro_batch_size 2 --grad_checkpoint    # rows: {"prompt", "completions", "answer"}
 
-Files in --out: config.json, metrics.jsonl, summary.json, model/ (a Hugging Face folder), state/ (for --resume).
+Files in --out: config.json, metrics.jsonl, summary.json, model/ (a Hugging Face folder), state/
+(for --resume).
 """
 
 import functools
@@ -39,7 +40,8 @@ class Config(TrainConfig):
 
 
 def sft_loss(policy, input_ids, response_mask, tokens):
-    """Negative log-likelihood of the response tokens, divided by `tokens`, their number in the whole global batch."""
+    """Negative log-likelihood of the response tokens, divided by `tokens`, their number in the
+    whole global batch."""
     logprobs, _ = policy(input_ids, response_mask)  # (B, T-1)
     return -logprobs.sum() / tokens
 
@@ -96,7 +98,8 @@ def main(cfg, procs):
 
 
 def load_data(cfg, level, tokenizer):
-    """-> training Examples, held-out rows (one a question: only its answer is used), number too long."""
+    """-> training Examples, held-out rows (one a question: only its answer is used), number too
+    long."""
     if level:
         count = {"builtin": 600, "builtin-hard": 1200}[level] * 64  # so that one pass is as long as the policy needs
         problems = data.make_problems(count // 4, "train", cfg.seed, level)
@@ -117,7 +120,8 @@ def load_data(cfg, level, tokenizer):
 
 @torch.no_grad()
 def pass_at_1(model, tokenizer, rows, cfg, procs, rows_at_once=256):
-    """Share of questions answered right by one sample (temperature 1). The questions are split over the processes.
+    """Share of questions answered right by one sample (temperature 1). The questions are split over
+    the processes.
 
     Plain `generate` of the library; how sampling works is the subject of parts/decoding.py."""
     mine, right = procs.mine(rows), 0
@@ -143,7 +147,8 @@ def pass_at_1(model, tokenizer, rows, cfg, procs, rows_at_once=256):
 
 
 def new_policy(tokenizer, seed):
-    """The built-in policy, untrained: a small Qwen2. The wide init (0.1, not 0.02) lets one so small learn early."""
+    """The built-in policy, untrained: a small Qwen2. The wide init (0.1, not 0.02) lets one so
+    small learn early."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
@@ -169,7 +174,8 @@ def default_out(level):
 
 
 def builtin_policy(level, procs):
-    """The built-in policy's model folder, trained first (or its training continued) where it is not there yet."""
+    """The built-in policy's model folder, trained first (or its training continued) where it is not
+    there yet."""
     folder = os.path.join(default_out(level), "model")
     if not os.path.isdir(folder):
         procs.print(f"there is no {folder} yet: training the built-in policy first")

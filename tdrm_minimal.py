@@ -1,7 +1,9 @@
-"""TDRM: a process reward model trained on temporal-difference targets (arXiv 2509.15110), with its two baselines.
+"""TDRM: a process reward model trained on temporal-difference targets (arXiv 2509.15110), with its
+two baselines.
 
-A response is cut into steps; the state s_t is the question and steps 1..t; V(s_t) in [0, 1] should say how promising
-it is. A ScalarPRM fits each step's own label, so its values jump; an n-step TD target lets each value look ahead:
+A response is cut into steps; the state s_t is the question and steps 1..t; V(s_t) in [0, 1] should
+say how promising it is. A ScalarPRM fits each step's own label, so its values jump; an n-step TD
+target lets each value look ahead:
 
     V_t = sigmoid(logit at the last token of step t)                                       step_values
     r_t = a cosine in t/T from a to b, (a, b) = `correct` where step t is labelled right,  shaped_rewards
@@ -10,21 +12,23 @@ it is. A ScalarPRM fits each step's own label, so its values jump; an n-step TD 
     y_T = c, the outcome: is the final answer right?
     loss = mean over all states of the global batch of BCE(V_t, y_t), no gradient through y     value_loss
 
-Under causal attention the hidden state at the end of step t does not depend on what follows. So ONE forward over the
-trajectory gives all values, targets and gradients, where the published code runs two over whole prefixes per
-transition. Condition: nothing follows a prefix, so no end-of-turn token closes an unfinished response (data.py).
+Under causal attention the hidden state at the end of step t does not depend on what follows. So ONE
+forward over the trajectory gives all values, targets and gradients, where the published code runs
+two over whole prefixes per transition. Condition: nothing follows a prefix, so no end-of-turn token
+closes an unfinished response (data.py).
 
-Without step labels r = 0 and gamma = 1, and n is the whole response unless --n_step says otherwise (y = c at every
-state, Monte Carlo): V then estimates P(correct | state) from outcomes alone. `--method ScalarPRM` (BCE on the step
-labels) and `--method ScalarORM` (BCE on the outcome, last step only) are the baselines.
-Left out: nothing of the method.
+Without step labels r = 0 and gamma = 1, and n is the whole response unless --n_step says otherwise
+(y = c at every state, Monte Carlo): V then estimates P(correct | state) from outcomes alone.
+`--method ScalarPRM` (BCE on the step labels) and `--method ScalarORM` (BCE on the outcome, last
+step only) are the baselines. Left out: nothing of the method.
 
     python tdrm_minimal.py                          # built-in task: a table and three solutions, in about two minutes
     torchrun --nproc_per_node=8 tdrm_minimal.py --model Qwen/Qwen2.5-Math-7B --data math_shepherd.jsonl \\
         --eval processbench.jsonl --lr 1e-6 --batch_size 256 --micro_batch_size 4 --grad_checkpoint
     python tdrm_minimal.py --score solutions.jsonl --model runs/TDRM/model  # every step's value, one JSON line a row
 
-Files in --out: config.json, metrics.jsonl, summary.json, model/ (a Hugging Face folder), state/ (for --resume).
+Files in --out: config.json, metrics.jsonl, summary.json, model/ (a Hugging Face folder), state/
+(for --resume).
 """
 
 import itertools
@@ -71,8 +75,8 @@ class Config(TrainConfig):
 def shaped_rewards(labels, mask, correct=(0.5, 0.2), wrong=(-0.5, -1.0)):
     """Step labels (B, S) in [0, 1] -> rewards (B, S), 0 outside the mask.
 
-    CosFn(t, T, a, b) = b + (a - b)/2 * (1 + cos(pi t / T)), t = 1..T (arXiv 2502.03373): from a at the beginning to b
-    at the end. A soft label mixes the two cosines.
+    CosFn(t, T, a, b) = b + (a - b)/2 * (1 + cos(pi t / T)), t = 1..T (arXiv 2502.03373): from a at
+    the beginning to b at the end. A soft label mixes the two cosines.
     """
     mask = mask.bool()
     T = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
@@ -85,10 +89,11 @@ def shaped_rewards(labels, mask, correct=(0.5, 0.2), wrong=(-0.5, -1.0)):
 def td_targets(values, rewards, outcomes, mask, gamma=0.8, n_step=1, lam=None):
     """Targets (B, S) in [0, 1], detached, 0 outside the mask.
 
-    values (B, S) are probabilities, rewards (B, S), outcomes (B,). The one-step backup replaces each value by
-    r_t + gamma V_t+1 and the last by the outcome; n backups make the n-step target. So a window that would run past the
-    end stops at T and bootstraps from the outcome, one that ends exactly at T from V_T.
-    With `lam`: G_t = r_t + gamma ((1 - lam) V_t+1 + lam G_t+1), G_T = c.
+    values (B, S) are probabilities, rewards (B, S), outcomes (B,). The one-step backup replaces
+    each value by r_t + gamma V_t+1 and the last by the outcome; n backups make the n-step target.
+    So a window that would run past the end stops at T and bootstraps from the outcome, one that
+    ends exactly at T from V_T. With `lam`: G_t = r_t + gamma ((1 - lam) V_t+1 + lam G_t+1), G_T =
+    c.
     """
     values, mask = values.detach(), mask.bool()
     end = mask & ~F.pad(mask, (0, 1))[:, 1:]  # (B, S), True on each row's last step
@@ -109,17 +114,19 @@ def td_targets(values, rewards, outcomes, mask, gamma=0.8, n_step=1, lam=None):
 
 
 def value_loss(logits, targets, weights, count):
-    """Binary cross-entropy between sigmoid(logits) and targets (B, S), weighted, divided by `count`, that of the whole
-    global batch."""
+    """Binary cross-entropy between sigmoid(logits) and targets (B, S), weighted, divided by
+    `count`, that of the whole global batch."""
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return (losses * weights).sum() / count
 
 
 def step_values(model, input_ids, attention_mask, step_ends):
-    """Logits (B, S) of all values in one forward, read at `step_ends` (B, S), the index of each step's last token.
+    """Logits (B, S) of all values in one forward, read at `step_ends` (B, S), the index of each
+    step's last token.
 
-    Rows are padded on the right. There causal attention needs no mask, and without one the fused causal kernel runs; so
-    `attention_mask` (B, T) is only looked at to refuse padding on the left (ValueError). None is fine.
+    Rows are padded on the right. There causal attention needs no mask, and without one the fused
+    causal kernel runs; so `attention_mask` (B, T) is only looked at to refuse padding on the left
+    (ValueError). None is fine.
     """
     if attention_mask is not None and not bool((attention_mask[:, 0] != 0).all()):
         raise ValueError("step_values wants rows padded on the right")
@@ -210,8 +217,8 @@ def main(cfg, procs):
 
 
 def load_data(cfg, level, encode):
-    """-> training and held-out Examples, whether they have step labels, how many were too long. BadInput if the method
-    lacks what it learns from."""
+    """-> training and held-out Examples, whether they have step labels, how many were too long.
+    BadInput if the method lacks what it learns from."""
     if level:
         kind, K = cfg.label_kind, cfg.label_rollouts
         problems = data.make_problems(cfg.problems, "train", cfg.seed, level)
@@ -236,8 +243,8 @@ def load_data(cfg, level, encode):
 
 
 def score_file(cfg, procs):
-    """`--score FILE`: every trajectory's step values, one JSON line a row in the file's order, to standard output; null
-    for one that is longer than --max_length."""
+    """`--score FILE`: every trajectory's step values, one JSON line a row in the file's order, to
+    standard output; null for one that is longer than --max_length."""
     rows = read_trajectories(cfg.score)
     rows = itertools.chain([next(rows)], rows)  # a mistake in the file shows before the model is loaded
     name = cfg.model or os.path.join(default_out(cfg.method), "model")
@@ -256,7 +263,8 @@ def score_file(cfg, procs):
 
 
 def evaluate(cfg, values, examples):
-    """values: one list of step values per example -> dict of the measures that the examples have what it takes for."""
+    """values: one list of step values per example -> dict of the measures that the examples have
+    what it takes for."""
     S, labelled = max(len(v) for v in values), all(e.labels is not None for e in examples)
 
     def padded(lists):
@@ -283,9 +291,10 @@ def evaluate(cfg, values, examples):
 def smoothness(values, rewards, mask, gamma):
     """How smoothly values (B, S) move along trajectories, as a dict of floats:
 
-    abs_delta_v: mean |V_t+1 - V_t|; td_error_mean, td_error_std: of |r_t + gamma V_t+1 - V_t|, t < T;
-    lipschitz: mean over trajectories of the largest |V_t+1 - V_t|, the least L with |V_s - V_t| <= L |s - t|. (The
-    paper divides by a distance between states that it does not define; ours is the number of steps.)
+    abs_delta_v: mean |V_t+1 - V_t|; td_error_mean, td_error_std: of |r_t + gamma V_t+1 - V_t|, t <
+    T; lipschitz: mean over trajectories of the largest |V_t+1 - V_t|, the least L with |V_s - V_t|
+    <= L |s - t|. (The paper divides by a distance between states that it does not define; ours is
+    the number of steps.)
     """
     pairs = mask.bool()[:, 1:] & mask.bool()[:, :-1]  # (B, S-1)
     jump = (values[:, 1:] - values[:, :-1]).abs()
@@ -306,7 +315,8 @@ def smoothness(values, rewards, mask, gamma):
 
 
 def auroc(scores, outcomes):
-    """Probability that a right response scores above a wrong one, ties counting half; NaN if there is only one kind."""
+    """Probability that a right response scores above a wrong one, ties counting half; NaN if there
+    is only one kind."""
     scores, outcomes = np.asarray(scores, dtype=float), np.asarray(outcomes, dtype=bool)
     right, wrong = outcomes.sum(), (~outcomes).sum()
     if not right or not wrong:
@@ -317,7 +327,8 @@ def auroc(scores, outcomes):
 
 
 def calibration_error(values, outcomes, bins=10):
-    """Expected calibration error: mean over states of |mean value - share right| within bins of equal width."""
+    """Expected calibration error: mean over states of |mean value - share right| within bins of
+    equal width."""
     values, outcomes = np.asarray(values), np.asarray(outcomes, dtype=float)
     which, total = np.minimum((values * bins).astype(int), bins - 1), 0.0
     for b in range(bins):
@@ -326,8 +337,9 @@ def calibration_error(values, outcomes, bins=10):
 
 
 def first_error_f1(values, first_errors):
-    """ProcessBench's measure: the first step valued below a threshold is the first error (-1: none); F1 is the harmonic
-    mean of the accuracies on wrong and right solutions. Each half of the rows uses the other half's best threshold."""
+    """ProcessBench's measure: the first step valued below a threshold is the first error (-1:
+    none); F1 is the harmonic mean of the accuracies on wrong and right solutions. Each half of the
+    rows uses the other half's best threshold."""
     thresholds, truth = np.linspace(0.01, 0.99, 99), np.array(first_errors)
     found = np.full((len(truth), len(thresholds)), -1)  # [i, k]: the first step of row i under threshold k, or -1
     for i, v in enumerate(values):
@@ -370,7 +382,8 @@ def print_table(title, measures, names=MEASURES):
 
 
 def error_place(e):
-    """Where in a solution its first wrong step is, in 0..1; None if it has none, or none is known."""
+    """Where in a solution its first wrong step is, in 0..1; None if it has none, or none is
+    known."""
     t = e.first_error
     if t is None and e.labels is not None:
         t = next((t for t, label in enumerate(e.labels) if label < 0.5), None)
@@ -378,7 +391,8 @@ def error_place(e):
 
 
 def choose_three(examples):
-    """A right solution, one going wrong early and one going wrong late, where there are such -> [(title, index)]."""
+    """A right solution, one going wrong early and one going wrong late, where there are such ->
+    [(title, index)]."""
     places, found = [error_place(e) for e in examples], {}
     for i in sorted(range(len(examples)), key=lambda i: -min(6, len(examples[i].step_ends))):  # a few steps to see
         correct, place, title = examples[i].correct, places[i], None

@@ -49,8 +49,8 @@ def whiten(advantages, mask):
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=1.0):
-    """Generalised advantage estimation (arXiv 1506.02438) over response tokens -> advantages, returns,
-    both (N, T). Comes along: returns.
+    """Generalised advantage estimation (arXiv 1506.02438) over response tokens -> advantages,
+    returns, both (N, T). Comes along: returns.
 
     delta_t = r_t + gamma V_t+1 - V_t, V = 0 after the end;  A_t = delta_t + gamma lam A_t+1;
     return_t = A_t + V_t. With gamma = 0, for rewards that are returns already: A_t = r_t - V_t.
@@ -63,7 +63,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
 
 def token_rewards(scores, mask, kind="qrm"):
     """What a token is paid (N, T): its score, standardised over the batch's tokens (the paper's
-    Algorithm 1), for the level of scores is arbitrary. An ORM knows only the last token's: paid to all.
+    Algorithm 1), for the level of scores is arbitrary. An ORM knows only the last token's: paid to
+    all.
     """
     if kind == "orm":
         scores = (scores * last_token(mask)).sum(1, keepdim=True) * mask
@@ -71,8 +72,8 @@ def token_rewards(scores, mask, kind="qrm"):
 
 
 def reinforce_advantages(rewards, mask):
-    """A_t = r_t, for a Q value is a return already; the last token's is the response's mean: whether to
-    end is a matter of the whole response."""
+    """A_t = r_t, for a Q value is a return already; the last token's is the response's mean:
+    whether to end is a matter of the whole response."""
     mean = (rewards * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
     return torch.where(last_token(mask).bool(), mean, rewards)
 

@@ -1,12 +1,15 @@
-"""Sampling with a key/value cache of our own: rows that fork, that end while others go on, that are picked up again.
+"""Sampling with a key/value cache of our own: rows that fork, that end while others go on, that are
+picked up again.
 
-What is computed is ten lines, `decode_naively`: read the text so far, sample the next token, stop at an end. The rest
-of the file does the same for many samples at once, so that no token passes through the model twice:
+What is computed is ten lines, `decode_naively`: read the text so far, sample the next token, stop
+at an end. The rest of the file does the same for many samples at once, so that no token passes
+through the model twice:
 
-    uniforms, pick   the noise of a sample is a function of seed and problem alone, not of batch or processes
-    RowCache, feed   keys and values of R rows; `branch` forks rows where their samples disagree and takes ended ones
-                     out of the batch without copying the others, `select` goes on from kept prefixes of a tree search
-    decode, sample   samples of a prompt share one row of the cache until they choose different tokens
+    uniforms, pick   the noise of a sample is a function of seed and problem alone, not of the batch
+    RowCache, feed   keys and values of R rows; `branch` forks rows where their samples disagree and
+                     takes ended ones out of the batch without copying the others, `select` goes on
+                     from kept prefixes of a tree search
+    decode, sample   samples of a prompt share a row of the cache until they choose other tokens
 
 A row is one text being written, a slot one token's keys and values in all layers.
 """
@@ -25,15 +28,17 @@ from parts.models import STEP_END, encode_prompt, end_ids
 
 
 def uniforms(seed, key, depth, starts, length):
-    """The noise of sampling: (len(starts), length) numbers in [0, 1), a function of the seed and the problem alone, so
-    that neither the batch nor the number of processes changes a sample. `starts`: the response token a row begins at.
+    """The noise of sampling: (len(starts), length) numbers in [0, 1), a function of the seed and
+    the problem alone, so that neither the batch nor the number of processes changes a sample.
+    `starts`: the response token a row begins at.
     """
     rng = np.random.default_rng([seed, key, depth])
     return rng.random((len(starts), length), dtype=np.float32)
 
 
 def pick(logprobs, noise):
-    """Sample by inverting the cumulative distribution: logprobs (rows, V), noise (rows,) -> token ids (rows,)."""
+    """Sample by inverting the cumulative distribution: logprobs (rows, V), noise (rows,) -> token
+    ids (rows,)."""
     total = logprobs.exp().cumsum(-1)
     chosen = torch.searchsorted(total, (noise * total[:, -1])[:, None], right=True)[:, 0]
     return chosen.clamp(max=logprobs.shape[1] - 1)
@@ -41,8 +46,8 @@ def pick(logprobs, noise):
 
 @torch.no_grad()
 def decode_naively(model, prompt_ids, noise, temperature, stop):
-    """One sample, the whole text through the model for every token: noise (length,) -> token ids, their log-probs.
-    It ends where `stop(token ids)` says so, or with its noise."""
+    """One sample, the whole text through the model for every token: noise (length,) -> token ids,
+    their log-probs. It ends where `stop(token ids)` says so, or with its noise."""
     tokens, logprobs = [], []
     for u in noise:
         ids = torch.tensor([prompt_ids + tokens], device=noise.device)
@@ -103,8 +108,9 @@ class RowCache:
                 tensors[layer][: self.stop, : self.used] = old[: self.stop, : self.used]
 
     def branch(self, parents):
-        """Go on with one row for each of `parents`: ascending numbers of rows in the batch, repeated
-        where a row forks, left out where it ends -> the row of each; where every old row is now."""
+        """Go on with one row for each of `parents`: ascending numbers of rows in the batch,
+        repeated where a row forks, left out where it ends -> the row of each; where every old row
+        is now."""
         device, batch = parents.device, self.stop - self.start
         moved = torch.arange(len(self.mask), device=device)  # (R,)
         ended = torch.ones(batch, dtype=torch.bool, device=device)
@@ -193,14 +199,15 @@ def pad(sequences, side, device, value=0):
 
 
 def prompt_cache(prompts, device, rows=0, room=0):
-    """What `feed` needs to read prompts (lists of ids) -> an empty cache with a row for each, `rows` in all, and `room`
-    slots more than the prompts take; ids; mask."""
+    """What `feed` needs to read prompts (lists of ids) -> an empty cache with a row for each,
+    `rows` in all, and `room` slots more than the prompts take; ids; mask."""
     ids, mask = pad(prompts, "left", device)
     return RowCache(len(ids), max(len(ids), rows), ids.shape[1] + room, device), ids, mask
 
 
 def longest_context(config):
-    """The most tokens a row may have: beyond a sliding window, layers would forget what the cache still shows them."""
+    """The most tokens a row may have: beyond a sliding window, layers would forget what the cache
+    still shows them."""
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
     return min(limit or 10**9 for limit in limits)
 
@@ -227,13 +234,14 @@ class StepEnd:
 
 @torch.no_grad()
 def decode(model, cache, ids, mask, place, noise, temperature, ends, step_end=None, limits=None):
-    """Read `ids` behind the cache's rows, then write samples, each until one of `ends` (token ids), a step's end (with
-    `step_end`), its limit or the end of its noise (samples, length). Sample i begins in row place[i] of the cache.
-    Samples share a row as long as they agree, so every distinct text is computed once; where they choose different
-    tokens, the row forks.
+    """Read `ids` behind the cache's rows, then write samples, each until one of `ends` (token ids),
+    a step's end (with `step_end`), its limit or the end of its noise (samples, length). Sample i
+    begins in row place[i] of the cache. Samples share a row as long as they agree, so every
+    distinct text is computed once; where they choose different tokens, the row forks.
 
-    -> tokens, logprobs: a list for each sample; place, slots: the first slots[i] of row place[i] are sample i's keys and
-    values, of all but its last token, which has not been read. (Behind them may be those of samples that went on.)
+    -> tokens, logprobs: a list for each sample; place, slots: the first slots[i] of row place[i]
+    are sample i's keys and values, of all but its last token, which has not been read. (Behind them
+    may be those of samples that went on.)
     """
     samples, length = noise.shape
     tokens = torch.full((samples, length), -1, device=noise.device)
@@ -283,7 +291,8 @@ def decode(model, cache, ids, mask, place, noise, temperature, ends, step_end=No
 
 @dataclass
 class Sample:
-    """One response: its tokens (the one that ends it included), their log-probs under the temperature, its text."""
+    """One response: its tokens (the one that ends it included), their log-probs under the
+    temperature, its text."""
 
     prompt_ids: list
     token_ids: list
@@ -305,10 +314,12 @@ def sample(
     stop="eos",
     rows_at_once=2048,
 ):
-    """`n` responses to each prompt (a question, chat messages, or a list of token ids) -> a list of `n` Samples for each.
+    """`n` responses to each prompt (a question, chat messages, or a list of token ids) -> a list of
+    `n` Samples for each.
 
-    `stop="step"` also stops at the end of the first step. `keys` (ints) name the prompts for the noise (default: their
-    index). Raises BadInput for a prompt that does not fit the model. Comes along: all above it in this file.
+    `stop="step"` also stops at the end of the first step. `keys` (ints) name the prompts for the
+    noise (default: their index). Raises BadInput for a prompt that does not fit the model. Comes
+    along: all above it in this file.
     """
     model.eval()
     device, ends = next(model.parameters()).device, end_ids(tokenizer, model.generation_config)

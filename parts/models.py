@@ -1,7 +1,9 @@
-"""Tokenizers and models as they come, by Hugging Face name or folder; token ids of prompts and steps.
+"""Tokenizers and models as they come, by Hugging Face name or folder; token ids of prompts and
+steps.
 
-What is not as it should be is one line that says so (BadInput), never an approximation: weights that are not in the
-files, a head whose logits the model changes in a way not known here, a tokenizer without tokens.
+What is not as it should be is one line that says so (BadInput), never an approximation: weights
+that are not in the files, a head whose logits the model changes in a way not known here, a
+tokenizer without tokens.
 """
 
 import contextlib
@@ -15,17 +17,24 @@ import torch.distributed as dist
 
 from parts.formats import BadInput
 
-STEP_END = "\n\n"  # what closes a step in a response; the last step is closed by the end of the response
+STEP_END = "\n\n"  # closes a step in a response; the last one is closed by the response's end
 
 
 # --------------------------------------------------------------------------------------------------
 # Text to token ids.
 
 
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt (a question, or a list of chat messages) up to where the response begins.
+def question_of(prompt):
+    """The text of a prompt: itself, or of chat messages the last one's."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
-    The model's own chat template where it has one; a base model without one gets the bare text and a blank line.
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt (a question, or a list of chat messages) up to where the response
+    begins.
+
+    The model's own chat template where it has one; a base model without one gets the bare text and
+    a blank line.
     """
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -42,7 +51,8 @@ def token_ids(tokenizer, text):
 
 
 def end_ids(tokenizer, generation_config=None):
-    """Every id that ends a response: the tokenizer's and those that a model's generation config names."""
+    """Every id that ends a response: the tokenizer's and those that a model's generation config
+    names."""
     named = getattr(generation_config, "eos_token_id", None)
     named = named if isinstance(named, list) else [named]
     return sorted({tokenizer.eos_token_id, *named} - {None})
@@ -53,37 +63,40 @@ def end_ids(tokenizer, generation_config=None):
 
 
 def from_pretrained(load, name, option="--model", **options):
-    """`load(name)` for a folder or a Hugging Face name, local files first. An unknown name is a BadInput within
-    seconds, where the library alone would retry for half a minute on every process."""
+    """`load(name)` for a folder or a Hugging Face name, local files first. An unknown name is a
+    BadInput within seconds, where the library alone would retry for half a minute on every
+    process."""
     try:
         return load(name, local_files_only=True, **options)
-    except Exception as error:  # damaged files raise almost anything: TypeError, RuntimeError, SafetensorError
+    except Exception as error:  # damaged files raise almost anything
         folder = os.path.isdir(name)
         if folder or os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
-            reason = (str(error).splitlines() or [type(error).__name__])[0] if folder else "no such folder"
-            raise BadInput(f"{option} {name}: {reason}; wanted: a Hugging Face model folder or name") from None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = reason if folder else "no such folder"
+            wanted = "a Hugging Face model folder or name"
+            raise BadInput(f"{option} {name}: {reason}; wanted: {wanted}") from None
     try:
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0]
         socket.getaddrinfo(hub, 443)
         return load(name, **options)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(
-            f"{option} {name}: no such folder, not in the cache, and the hub does not give it ({reason})"
-        ) from None
+        what = "no such folder, not in the cache, and the hub does not give it"
+        raise BadInput(f"{option} {name}: {what} ({reason})") from None
 
 
 def load_tokenizer(name, option="--model"):
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    # One saved as the generic class is loaded as such: for some families (Qwen2 is one) AutoTokenizer would put the
-    # family's own splitting rules in its place, and blank lines would vanish without a word.
+    # One saved as the generic class is loaded as such: for some families (Qwen2 is one)
+    # AutoTokenizer would put the family's own splitting rules in its place, and blank lines would
+    # vanish without a word.
     kind = from_pretrained(get_tokenizer_config, name, option).get("tokenizer_class")
     generic = kind in ("TokenizersBackend", "PreTrainedTokenizerFast")
     kind = PreTrainedTokenizerFast if generic else AutoTokenizer
     tokenizer = from_pretrained(kind.from_pretrained, name, option)
-    if not tokenizer("1", add_special_tokens=False)["input_ids"]:  # what the library makes up without tokenizer.json
+    if not token_ids(tokenizer, "1"):  # what the library makes up without tokenizer.json
         wanted = "a folder with tokenizer.json or the like"
         raise BadInput(f"{option} {name}: its tokenizer has no tokens; wanted: {wanted}")
     if tokenizer.pad_token_id is None:
@@ -92,7 +105,8 @@ def load_tokenizer(name, option="--model"):
 
 
 def load_config(name, option="--model"):
-    """A model's config with every dropout switched off: it would make values and log-probs noise."""
+    """A model's config with every dropout switched off: it would make values and log-probs
+    noise."""
     from transformers import AutoConfig
 
     config = from_pretrained(AutoConfig.from_pretrained, name, option)
@@ -104,8 +118,8 @@ def load_config(name, option="--model"):
 
 @contextlib.contextmanager
 def in_turn():
-    """The processes of a node go through one after the other: each loads its model into host memory on the way to its
-    GPU, and eight times 7B at once would be 120 GB there."""
+    """The processes of a node go through one after the other: each loads its model into host memory
+    on the way to its GPU, and eight times 7B at once would be 120 GB there."""
     turns, mine = 0, int(os.environ.get("LOCAL_RANK", 0))
     if dist.is_initialized():
         turns = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
@@ -119,8 +133,8 @@ def in_turn():
 
 
 def load_model(kind, name, dtype, config=None, new=(), option="--model"):
-    """A model all of whose weights are in its files. The library would make up missing ones at random; only those
-    whose names begin as in `new` may be."""
+    """A model all of whose weights are in its files. The library would make up missing ones at
+    random; only those whose names begin as in `new` may be."""
     options = {"config": config or load_config(name, option), "dtype": dtype}
     with in_turn():
         model, report = from_pretrained(
@@ -130,27 +144,31 @@ def load_model(kind, name, dtype, config=None, new=(), option="--model"):
             model.cuda()
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(tuple(new)))
     if missing:
-        raise BadInput(f"{option} {name}: {len(missing)} weights are not in its files, {missing[0]} for one")
+        what = f"{len(missing)} weights are not in its files, {missing[0]} for one"
+        raise BadInput(f"{option} {name}: {what}")
     return model
 
 
 def load_policy(name, dtype, option="--model"):
-    """A causal language model, in eval mode, whose logits are known to be what token_logits makes of hidden states."""
+    """A causal language model, in eval mode, whose logits are known to be what token_logits makes
+    of hidden states."""
     from transformers import AutoModelForCausalLM
 
     model = load_model(AutoModelForCausalLM, name, dtype, option=option).eval()
     ids = torch.arange(4, device=model.device)[None]
     with torch.no_grad():
         theirs = model(input_ids=ids, use_cache=False).logits
-        ours = token_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        ours = token_logits(model, hidden)
     if not torch.allclose(ours.float(), theirs.float(), rtol=0.02, atol=0.02):
-        kind = type(model).__name__
-        raise BadInput(f"{option} {name}: {kind} changes its logits behind the head in a way not known here")
+        what = f"{type(model).__name__} changes its logits behind the head in a way not known here"
+        raise BadInput(f"{option} {name}: {what}")
     return model
 
 
 def token_logits(model, hidden):
-    """Logits from last hidden states, with what a family does behind its head: Cohere and Granite scale, Gemma 2 caps."""
+    """Logits from last hidden states, with what a family does behind its head: Cohere and Granite
+    scale, Gemma 2 caps."""
     logits, config = model.get_output_embeddings()(hidden), model.config
     if scale := getattr(config, "logit_scale", None):
         logits = logits * scale
@@ -177,8 +195,9 @@ def save_model(folder, model, tokenizer):
 
 
 def check_ids(model, ids, name):
-    """BadInput where the tokenizer has ids the model has no embeddings for (on a GPU: an assertion in a kernel).
-    `ids`: an iterable of lists of token ids."""
+    """BadInput where the tokenizer has ids the model has no embeddings for (on a GPU: an assertion
+    in a kernel). `ids`: an iterable of lists of token ids."""
     largest, known = max(map(max, ids)), model.get_input_embeddings().num_embeddings
     if largest >= known:
-        raise BadInput(f"--model {name}: its tokenizer gives the id {largest}, its weights have {known} embeddings")
+        what = f"its tokenizer gives the id {largest}, its weights have {known} embeddings"
+        raise BadInput(f"--model {name}: {what}")

@@ -1,13 +1,15 @@
-"""Reward models: numbers per token, and how the value of a prefix is made of them. Everything that values text is one.
+"""Reward models: numbers per token, and how the value of a prefix is made of them. Everything that
+values text is one.
 
-    kind       a token's number                                        value of a prefix (a logit)
-    value      V of the state after it: TDRM, ScalarPRM, ScalarORM     the last token's
-    orm        the same, trained with the end-of-response token        the last token's
-    qrm        Q of the token: Q-RM                                    scale x mean over the response's tokens
-    implicit   beta (log pi - log pi_ref): PRIME, DPO                  sum over the response's tokens
+    kind       a token's number                                      value of a prefix (a logit)
+    value      V of the state after it: TDRM, ScalarPRM, ScalarORM   the last token's
+    orm        the same, trained with the end-of-response token      the last token's
+    qrm        Q of the token: Q-RM                                  scale x mean over the response
+    implicit   beta (log pi - log pi_ref): PRIME, DPO                sum over the response
 
-The kind stands in reward.json in the model's folder, with its numbers; without that file the folder is an ordinary
-token or sequence classifier with one label, read as a value. An implicit one has its reference in reference/.
+The kind stands in reward.json in the model's folder, with its numbers; without that file the folder
+is an ordinary token or sequence classifier with one label, read as a value. An implicit one has its
+reference in reference/.
 """
 
 import json
@@ -18,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from parts.formats import BadInput
-from parts.models import STEP_END, encode_prompt, load_config, load_model, load_policy, load_tokenizer
-from parts.models import save_model, token_ids, token_logits
+from parts.models import STEP_END, encode_prompt, load_config, load_model, load_policy
+from parts.models import load_tokenizer, save_model, token_ids, token_logits
 from parts.runs import write_json
 from parts.training import over_rows, token_logprobs
 
@@ -27,12 +29,23 @@ REDUCE = {"value": "last", "orm": "last", "qrm": "mean", "implicit": "sum"}
 
 
 class RewardModel(torch.nn.Module):
-    """A classifier with one number per token, or a causal LM and its reference, called like a token classifier.
+    """A classifier with one number per token, or a causal LM and its reference, called like a token
+    classifier.
 
-    `model` learns, `reference` (implicit) does not. `scale` (qrm), `beta` and `temperature` (implicit) as above.
+    `model` learns, `reference` (implicit) does not. `scale` (qrm), `beta` and `temperature`
+    (implicit) as above.
     """
 
-    def __init__(self, model, tokenizer, kind="value", reference=None, scale=1.0, beta=1.0, temperature=1.0):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        kind="value",
+        reference=None,
+        scale=1.0,
+        beta=1.0,
+        temperature=1.0,
+    ):
         super().__init__()
         self.model, self.tokenizer, self.kind, self.reference = model, tokenizer, kind, reference
         self.scale, self.beta, self.temperature = scale, beta, temperature
@@ -40,15 +53,16 @@ class RewardModel(torch.nn.Module):
         if reference is not None:
             reference.eval().requires_grad_(False)
             for i, layer in enumerate(reference.base_model.layers):
-                layer.self_attn.layer_idx = self.layers + 1 + i  # in the cache, which both models share
+                layer.self_attn.layer_idx = self.layers + 1 + i  # in the cache, which both share
 
     @property
     def dtype(self):
         return self.model.dtype
 
     def forward(self, input_ids, mask=None, past_key_values=None, **options):
-        """Numbers of all tokens in fp32: input_ids (B, T) -> .logits (B, T, 1). Implicit ones only where `mask`
-        (B, T-1), which speaks of the *next* token, is True, 0 elsewhere; the first token of all has none."""
+        """Numbers of all tokens in fp32: input_ids (B, T) -> .logits (B, T, 1). Implicit ones only
+        where `mask` (B, T-1), which speaks of the *next* token, is True, 0 elsewhere; the first
+        token of all has none."""
         if self.kind != "implicit":
             options = {"past_key_values": past_key_values, "use_cache": False} | options
             scores = self.model(input_ids=input_ids, **options).logits.float()
@@ -64,16 +78,18 @@ class RewardModel(torch.nn.Module):
         return SimpleNamespace(logits=scores)
 
     def cached_logratio(self, input_ids, cache, **options):
-        """beta times the log-ratio of new tokens behind a cache. A token's log-prob is read where the token before it
-        was, so each model keeps its last hidden states in the cache like keys, as one more layer."""
-        scores, start = 0.0, cache.used
-        for lm, sign, extra in (self.model, 1.0, self.layers), (self.reference, -1.0, 2 * self.layers + 1):
-            hidden = lm.base_model(input_ids=input_ids, past_key_values=cache, **options).last_hidden_state
-            kept, _ = cache.update(hidden[:, None], hidden[:, None, :, :0], extra)  # (B, 1, used, hidden)
-            before = F.pad(kept[:, 0], (0, 0, 1, 0))[:, start:-1]  # of the first token of all: nothing; it is prompt
-            logp = F.log_softmax(token_logits(lm, before).float() / self.temperature, dim=-1)
-            scores = scores + sign * self.beta * logp.gather(-1, input_ids[..., None])
-        return scores  # (B, new tokens, 1)
+        """beta times the log-ratio of new tokens behind a cache. A token's log-prob is read where
+        the token before it was, so each model keeps its last hidden states in the cache like keys,
+        as one more layer."""
+        logprobs, start = [], cache.used
+        options |= {"input_ids": input_ids, "past_key_values": cache}
+        for lm, extra in (self.model, self.layers), (self.reference, 2 * self.layers + 1):
+            hidden = lm.base_model(**options).last_hidden_state[:, None]  # (B, 1, new, hidden)
+            kept, _ = cache.update(hidden, hidden[..., :0], extra)  # (B, 1, used + new, hidden)
+            before = F.pad(kept[:, 0], (0, 0, 1, 0))[:, start:-1]  # a row's first token has nothing
+            logits = token_logits(lm, before).float() / self.temperature
+            logprobs.append(F.log_softmax(logits, dim=-1).gather(-1, input_ids[..., None]))
+        return self.beta * logprobs[0] - self.beta * logprobs[1]  # (B, new, 1)
 
     def encode(self, prompt, steps, finished=True):
         """How a trajectory is spelled for this model -> input_ids, prompt_length, step_ends as
@@ -98,21 +114,23 @@ class RewardModel(torch.nn.Module):
         return list(token_ids(self.tokenizer, step)) + closing
 
     def values(self, last, total, count):
-        """Logits of prefixes from the last token's number, the sum over the response's tokens and their count."""
+        """Logits of prefixes from the last token's number, the sum over the response's tokens and
+        their count."""
         reduce = REDUCE[self.kind]
         number = last if reduce == "last" else total if reduce == "sum" else total / count
         return self.scale * number
 
     def prefix_values(self, scores, step_ends, prompt_lengths):
-        """Logits (B, S) of the prefixes that end at `step_ends` (B, S), from numbers (B, T); prompt_lengths (B,)."""
+        """Logits (B, S) of the prefixes that end at `step_ends` (B, S), from numbers (B, T);
+        prompt_lengths (B,)."""
         response = torch.arange(scores.shape[1], device=scores.device) >= prompt_lengths[:, None]
         totals = (scores * response).cumsum(1).gather(1, step_ends)
         counts = (step_ends + 1 - prompt_lengths[:, None]).clamp(min=1)
         return self.values(scores.gather(1, step_ends), totals, counts)
 
     def score_steps(self, examples, procs, rows_at_once=64):
-        """Values (probabilities) of all steps of data.Examples: a list of S floats each. Split over the processes,
-        known to all."""
+        """Values (probabilities) of all steps of data.Examples: a list of S floats each. Split over
+        the processes, known to all."""
 
         def score(part):
             ids, mask, prompts, ends = pad_rows(part, self.tokenizer.pad_token_id, procs.device)
@@ -123,8 +141,9 @@ class RewardModel(torch.nn.Module):
         return self.quietly(over_rows, examples, score, procs, rows_at_once)
 
     def score_tokens(self, rows, procs, rows_at_once=64):
-        """Numbers of the response's tokens, a float32 array for each row. Its `input_ids` are read as they are: tokens
-        of a policy with the same tokenizer. Split over the processes, known to all."""
+        """Numbers of the response's tokens, a float32 array for each row. Its `input_ids` are read
+        as they are: tokens of a policy with the same tokenizer. Split over the processes, known to
+        all."""
 
         def score(part):
             ids, mask, _, _ = pad_rows(part, self.tokenizer.pad_token_id, procs.device)
@@ -153,8 +172,8 @@ class RewardModel(torch.nn.Module):
 
 
 def pad_rows(rows, pad_id, device):
-    """-> input_ids (B, T) padded on the right; mask (B, T-1), True where the next token is the response's or padding;
-    prompt lengths (B,); step ends (B, S)."""
+    """-> input_ids (B, T) padded on the right; mask (B, T-1), True where the next token is the
+    response's or padding; prompt lengths (B,); step ends (B, S)."""
 
     def pad(lists, value):
         longest = max(map(len, lists))
@@ -171,9 +190,11 @@ def pad_rows(rows, pad_id, device):
 
 
 def new_reward_model(name, tokenizer, dtype, seed=0, kind="value", scale=1.0, option="--model"):
-    """A reward model to train: a policy gets a new head, a token or sequence classifier with one label keeps its own.
+    """A reward model to train: a policy gets a new head, a token or sequence classifier with one
+    label keeps its own.
 
-    A published sequence classifier has the same `score.weight`. Raises BadInput where the head is no single number.
+    A published sequence classifier has the same `score.weight`. Raises BadInput where the head is
+    no single number.
     """
     model = load_classifier(name, dtype, seed, ("score.", "classifier."), option)
     return RewardModel(model, tokenizer, kind, scale=scale)
@@ -186,16 +207,18 @@ def load_classifier(name, dtype, seed=0, new=(), option="--model"):
     kind = (config.architectures or [""])[0]
     if "Reward" in kind or ("Classification" in kind and config.num_labels != 1):
         wanted = "a token or sequence classifier with one label, read as the logit of the value"
-        raise BadInput(f"{option} {name}: a {kind} with {config.num_labels} labels; wanted: {wanted}")
+        what = f"a {kind} with {config.num_labels} labels"
+        raise BadInput(f"{option} {name}: {what}; wanted: {wanted}")
     config.num_labels, config.classifier_dropout = 1, 0.0
-    if not kind.endswith("ForTokenClassification"):
-        config.token_classification_bias = False  # a bare `score.weight`, so ours loads as a sequence classifier, too
+    if not kind.endswith("ForTokenClassification"):  # a bare `score.weight`, as sequence
+        config.token_classification_bias = False  # classifiers have: ours loads as one, too
     torch.manual_seed(seed)
     return load_model(AutoModelForTokenClassification, name, dtype, config, new, option)
 
 
 def load_reward_model(name, dtype, device="cpu", option="--model"):
-    """A finished reward model of any kind from its folder or name, frozen, in eval mode. Raises BadInput."""
+    """A finished reward model of any kind from its folder or name, frozen, in eval mode. Raises
+    BadInput."""
     path, about = os.path.join(name, "reward.json"), {}
     try:
         if os.path.exists(path):

@@ -1,13 +1,17 @@
-"""How a script starts and what it leaves: options, processes, the folder of a run. Nothing here is about learning.
+"""How a script starts and what it leaves: options, processes, the folder of a run. Nothing here is
+about learning.
 
-    opt, parse    a frozen dataclass becomes the command line, one line an option: opt(default, help, range)
-    launch        parse, join torchrun's processes, run main(cfg, procs); what a user can mend is one line and exit 1
+    opt, parse    a frozen dataclass becomes the command line: opt(default, help, range) a line
+    launch        parse, join torchrun's processes, run main(cfg, procs); what a user can mend is
+                  one line and exit status 1
     Processes     this process among the others: rank, world, device; sums, unions, shares
-    Run           the books of a training run: resume, metrics.jsonl, progress bar, signals, checkpoints, summary.json
+    Run           the books of a training run: resume, metrics.jsonl, progress bar, signals,
+                  checkpoints, summary.json
 
-A chapter's main() keeps the lines that learn, and its loop is `for step in run.steps():`. Between two steps, Run writes
-what the step logged, saves where it is time to, and ends the loop where a signal asked for it. A resumed run continues
-bitwise: batches are a pure function of (seed, step), and everything else is in the checkpoint.
+A chapter's main() keeps the lines that learn, and its loop is `for step in run.steps():`. Between
+two steps, Run writes what the step logged, saves where it is time to, and ends the loop where a
+signal asked for it. A resumed run continues bitwise: batches are a pure function of (seed, step),
+and everything else is in the checkpoint.
 """
 
 import argparse
@@ -43,7 +47,8 @@ def opt(default, help, low=None, high=None, choices=None):
 
 
 def argument(field):
-    """What argparse wants to know of a dataclass field: its type annotation says nearly all of it."""
+    """What argparse wants to know of a dataclass field: its type annotation says nearly all of
+    it."""
     kinds = typing.get_args(field.type)
     kind = next((k for k in kinds if k is not type(None)), field.type)
     note = "" if field.default in (None, ()) else f" (default: {field.default})"
@@ -54,11 +59,13 @@ def argument(field):
         about["choices"] = field.metadata["choices"]
     if typing.get_origin(field.type) is tuple:  # (str, ...) takes one or more, (float, float) two
         about["nargs"] = "+" if kinds[-1] is Ellipsis else len(kinds)
-    return about | {"type": kind, "metavar": None if about.get("choices") else kind.__name__.upper()}
+    about["metavar"] = None if "choices" in about else kind.__name__.upper()
+    return about | {"type": kind}
 
 
 def parse(Config, argv=None, description=None):
-    """A Config from the command line; an option out of range is a BadInput that says what is accepted."""
+    """A Config from the command line; an option out of range is a BadInput that says what is
+    accepted."""
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
@@ -80,7 +87,8 @@ def parse(Config, argv=None, description=None):
 
 
 def check_range(name, number, low, high):
-    if math.isfinite(number) and (low is None or number >= low) and (high is None or number <= high):
+    above, below = low is None or number >= low, high is None or number <= high
+    if math.isfinite(number) and above and below:
         return
     wanted = "a finite number"
     if low is not None:
@@ -97,7 +105,8 @@ def launch(main, Config, description=None):
         main(cfg, join_processes())
     except (BadInput, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            # Mostly all say the same, and torchrun stops all when one ends: wait for the first to say it.
+            # Mostly all say the same, and torchrun stops all when one ends: wait for the first to
+            # say it.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         script = os.path.basename(sys.argv[0])
@@ -172,7 +181,8 @@ FREE |= {"rows_at_once", "show", "color"}
 
 
 def open_folder(cfg, procs):
-    """Make --out ready; an earlier run is moved aside. Called when all else is loaded: a mistake moves nothing."""
+    """Make --out ready; an earlier run is moved aside. Called when all else is loaded: a mistake
+    moves nothing."""
     procs.barrier()
     if procs.rank == 0:
         held = [os.path.join(cfg.out, name) for name in ("config.json", "state")]
@@ -181,14 +191,16 @@ def open_folder(cfg, procs):
             while os.path.exists(f"{out}.old{number}"):
                 number += 1
             os.rename(cfg.out, f"{out}.old{number}")
-            procs.print(f"{cfg.out} held a run; it is now in {out}.old{number} (--resume would have continued it)")
+            where = f"it is now in {out}.old{number} (--resume would have continued it)"
+            procs.print(f"{cfg.out} held a run; {where}")
         os.makedirs(os.path.join(cfg.out, "state"), exist_ok=True)
         write_json(os.path.join(cfg.out, "config.json"), dataclasses.asdict(cfg))
     procs.barrier()
 
 
 def last_checkpoint(cfg):
-    """The checkpoint folder --resume continues from, or None. BadInput if the run was started with other options."""
+    """The checkpoint folder --resume continues from, or None. BadInput if the run was started with
+    other options."""
     config_file, states = os.path.join(cfg.out, "config.json"), os.path.join(cfg.out, "state")
     if not cfg.resume or not os.path.exists(config_file):
         return None
@@ -199,19 +211,22 @@ def last_checkpoint(cfg):
         raise BadInput(f"--resume: {config_file} is damaged: {error}") from None
     for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
         if name not in FREE and before.get(name, value) != value:
-            raise BadInput(f"--resume: {cfg.out} was started with --{name} {before[name]}, not {value}")
+            was = f"was started with --{name} {before[name]}, not {value}"
+            raise BadInput(f"--resume: {cfg.out} {was}")
     names = sorted(os.listdir(states), reverse=True) if os.path.isdir(states) else []
     for folder in (os.path.join(states, name) for name in names if name.startswith("step_")):
         reason = damage(folder)
         if not reason:
             return folder
         if os.environ.get("RANK", "0") == "0":
-            print(f"--resume: {folder} is damaged ({reason}); looking for the one before it", file=sys.stderr)
+            text = f"--resume: {folder} is damaged ({reason}); looking for the one before it"
+            print(text, file=sys.stderr)
     return None
 
 
 def damage(folder):
-    """What is wrong with a checkpoint's files, or None. Looks at their outlines only: no weights are read."""
+    """What is wrong with a checkpoint's files, or None. Looks at their outlines only: no weights
+    are read."""
     from safetensors import safe_open
 
     worlds = []
@@ -243,9 +258,9 @@ def write_json(path, value):
 
 
 def save_checkpoint(cfg, procs, step, learners):
-    """All of a run's state after `step` steps, as state/step_N: each learner's weights in a folder of its name, and one
-    file a process. It appears by one rename when every process has written its part, so a run killed at any moment
-    finds either this checkpoint or the one before."""
+    """All of a run's state after `step` steps, as state/step_N: each learner's weights in a folder
+    of its name, and one file a process. It appears by one rename when every process has written its
+    part, so a run killed at any moment finds either this checkpoint or the one before."""
     states = os.path.join(cfg.out, "state")
     folder, tmp = os.path.join(states, f"step_{step:08d}"), os.path.join(states, "tmp")
     if os.path.exists(folder):
@@ -267,15 +282,16 @@ def save_checkpoint(cfg, procs, step, learners):
         for name, learner in learners.items() if procs.rank == 0 else ():
             learner.module.model.save_pretrained(os.path.join(tmp, name))
             learner.module.tokenizer.save_pretrained(os.path.join(tmp, name))
-    except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, by who meets it
+    except Exception as error:  # of a full disk: OSError, RuntimeError or SafetensorError
+        reason = str(error).splitlines()[0]
         raise BadInput(
-            f"--out {cfg.out}: the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}); "
+            f"--out {cfg.out}: the checkpoint of step {step} could not be written ({reason}); "
             "the one before it is whole, --resume continues from there"
         ) from None
     procs.barrier()
     if procs.rank == 0:
         os.rename(tmp, folder)
-        for name in sorted(os.listdir(states))[:-2]:  # the one before stays, should this one's files be damaged
+        for name in sorted(os.listdir(states))[:-2]:  # the one before stays, should this be damaged
             shutil.rmtree(os.path.join(states, name))
 
 
@@ -285,7 +301,8 @@ def held_by(optimizer):
 
 
 def optimizer_states(learner):
-    """{index of a parameter in model.parameters(): its state}, for those whose state this process holds."""
+    """{index of a parameter in model.parameters(): its state}, for those whose state this process
+    holds."""
     held, states = held_by(learner.optimizer), {}
     for i, p in enumerate(learner.module.model.parameters()):
         if p in held.masters:
@@ -294,12 +311,16 @@ def optimizer_states(learner):
 
 
 def load_checkpoint(folder, procs, learners):
-    """Optimizers and random state from a checkpoint (weights are loaded as from any model folder) -> steps done.
+    """Optimizers and random state from a checkpoint (weights are loaded as from any model folder)
+    -> steps done.
 
-    On another number of processes each takes the masters and moments it now holds from whichever wrote them."""
-    names = sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
-    read = lambda name: torch.load(os.path.join(folder, name), "cpu", weights_only=True, mmap=True)  # noqa: E731
-    states = {name: read(name) for name in names}
+    On another number of processes each takes the masters and moments it now holds from whichever
+    wrote them."""
+    states, first = {}, None
+    for name in os.listdir(folder):
+        if name.endswith(".pt"):
+            path = os.path.join(folder, name)
+            first = states[name] = torch.load(path, "cpu", weights_only=True, mmap=True)
     for name, learner in learners.items():
         held, saved = held_by(learner.optimizer), {}
         for state in states.values():
@@ -307,7 +328,6 @@ def load_checkpoint(folder, procs, learners):
         for i, p in enumerate(learner.module.model.parameters()):
             if p in held.masters:
                 held.load_state(p, saved[i])
-    first = states[names[0]]
     if first["world"] == procs.world:
         mine = states[f"rank{procs.rank}.pt"]
         torch.set_rng_state(mine["rng"].clone())
@@ -321,7 +341,8 @@ def load_checkpoint(folder, procs, learners):
 
 
 class Run:
-    """What a training run keeps beside learning. `learners` {name: training.Learner}; the first is the run's main one.
+    """What a training run keeps beside learning. `learners` {name: training.Learner}; the first is
+    the run's main one.
 
         run = Run(cfg, procs, checkpoint, steps, {"model": learner})
         for step in run.steps():
@@ -340,13 +361,15 @@ class Run:
             signal.signal(number, self.on_signal)
 
     def on_signal(self, *_):
-        """SIGTERM or Ctrl-C: the loop finishes its step, saves and ends. A second one ends it at once."""
+        """SIGTERM or Ctrl-C: the loop finishes its step, saves and ends. A second one ends it at
+        once."""
         if self.signals:
             raise KeyboardInterrupt
         self.signals.append(1)
 
     def keep_rows(self):
-        """Drop the rows of metrics.jsonl that the checkpoint does not know -> steps skipped so far."""
+        """Drop the rows of metrics.jsonl that the checkpoint does not know -> steps skipped so
+        far."""
         self.path, kept = os.path.join(self.cfg.out, "metrics.jsonl"), []
         if self.procs.rank > 0:
             return 0
@@ -371,11 +394,13 @@ class Run:
         return bool(every) and done % every == 0 and done < self.total
 
     def log(self, **numbers):
-        """Numbers for this step's row of metrics.jsonl; the first three show beside the progress bar."""
+        """Numbers for this step's row of metrics.jsonl; the first three show beside the progress
+        bar."""
         self.row |= numbers
 
     def lap(self, what):
-        """Log the seconds since the last lap, or since the step began. Only where equal runs need not write equal files."""
+        """Log the seconds since the last lap, or since the step began. Only where equal runs need
+        not write equal files."""
         now = time.time()
         self.row["seconds_" + what], self.mark = now - self.mark, now
         self.row["peak_mib"] = peak_mib(self.procs.device)
@@ -415,7 +440,8 @@ class Run:
             self.procs.print(f"stopped after step {done} of {self.total}; --resume continues")
 
     def finish(self, summary, headline):
-        """Save the models, the first in model/ and others in folders of their names; write and return the summary."""
+        """Save the models, the first in model/ and others in folders of their names; write and
+        return the summary."""
         summary = summary | {"steps": self.total, "skipped": self.skipped}
         if self.procs.rank == 0:
             for name, learner in self.learners.items():

@@ -1,9 +1,10 @@
 """The lines under every training loop: log-probs, gradients, optimizer, data parallelism.
 
-  - one process a device, started by torchrun (nccl on GPUs, gloo on CPUs); plain `python` is one process;
-  - every loss is divided ONCE by the count over the whole global batch, so --micro_batch_size and the number of
-    processes change memory and speed, never the result;
-  - plain DDP; bf16 weights and gradients, with fp32 masters and AdamW moments sharded over the processes;
+  - one process a device, started by torchrun (nccl on GPUs, gloo on CPUs); plain `python` is one;
+  - every loss is divided ONCE by the count over the whole global batch, so --micro_batch_size and
+    the number of processes change memory and speed, never the result;
+  - plain DDP; bf16 weights and gradients, with fp32 masters and AdamW moments sharded over the
+    processes;
   - a step whose gradient is not finite is skipped on all processes alike, and counted.
 
 A step of a chapter's loop, with a Learner, is
@@ -30,22 +31,25 @@ from parts.runs import opt
 
 WARMUP = 0.03  # share of the steps in which the learning rate rises
 WEIGHT_DECAY = 1e-3  # of AdamW, not on biases and norms
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The options of every training script. The same words mean the same thing everywhere."""
 
-    model: str | None = opt(None, "Hugging Face name or folder to start from; without it: the built-in policy")
+    model: str | None = opt(None, "Hugging Face name or folder; without it: the built-in policy")
     data: tuple[str, ...] = opt(("builtin",), "builtin, builtin-hard, or trajectory files")
     out: str | None = opt(None, "folder of the run; without it: runs/ and the script's name")
     steps: int | None = opt(None, "optimizer steps; without it: one pass over the data", low=1)
     batch_size: int = opt(64, "rows in a global batch, over all processes", low=1)
-    micro_batch_size: int | None = opt(None, "rows of a process in one forward (memory only, same result)", low=1)
-    max_length: int = opt(2048, "longest prompt + response in tokens; longer rows are left out, counted", low=2)
+    micro_batch_size: int | None = opt(None, "rows in one forward (memory, same result)", low=1)
+    max_length: int = opt(
+        2048, "longest prompt + response in tokens; longer ones are left out", low=2
+    )
     lr: float = opt(1e-3, "peak learning rate", low=0)
     grad_clip: float = opt(1.0, "largest gradient norm; 0: no clipping", low=0)
-    dtype: str = opt("auto", "weights; auto: bfloat16 on GPUs only", choices=("auto", "float32", "bfloat16"))
+    dtype: str = opt("auto", "weights; auto: bfloat16 on GPUs only", choices=DTYPES)
     grad_checkpoint: bool = opt(False, "recompute activations: less memory, a third more time")
     compile: bool = opt(False, "torch.compile the layers: slow to start, then 5 to 20% faster")
     seed: int = opt(0, "of the data and its order", low=0, high=2**32 - 1)
@@ -59,11 +63,12 @@ class TrainConfig:
 
 
 def token_logprobs(model, input_ids, mask, temperature=1.0, at_once=2**25):
-    """log pi(input_ids[:, t+1] | input_ids[:, :t+1]) in fp32, and the entropy of that distribution (no gradient), where
-    `mask` (B, T-1) is True, 0 elsewhere: input_ids (B, T) -> two (B, T-1).
+    """log pi(input_ids[:, t+1] | input_ids[:, :t+1]) in fp32, and the entropy of that distribution
+    (no gradient), where `mask` (B, T-1) is True, 0 elsewhere: input_ids (B, T) -> two (B, T-1).
 
-    Only the tokens asked for go through the vocabulary projection, `at_once` logits at a time, and the backward pass
-    makes them again: the array (tokens x vocabulary) is never there whole. Comes along: models.token_logits.
+    Only the tokens asked for go through the vocabulary projection, `at_once` logits at a time, and
+    the backward pass makes them again: the array (tokens x vocabulary) is never there whole. Comes
+    along: models.token_logits.
     """
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     hidden, targets = hidden[:, :-1][mask], input_ids[:, 1:][mask]  # (n, hidden), (n,)
@@ -86,7 +91,8 @@ def token_logprobs(model, input_ids, mask, temperature=1.0, at_once=2**25):
 
 
 class Policy(torch.nn.Module):
-    """A causal LM as the map from tokens to their log-probs. DDP needs the forward to be one module's."""
+    """A causal LM as the map from tokens to their log-probs. DDP needs the forward to be one
+    module's."""
 
     def __init__(self, model, tokenizer):
         super().__init__()
@@ -104,12 +110,13 @@ class Policy(torch.nn.Module):
 
 
 def accumulate_gradients(learner, batch, micro_batch_size, loss_fn, procs):
-    """Add this process's gradients of `loss_fn(micro-batch)` for its rows of a global batch; DDP sums
-    them over the processes, once, at the end. Returns this process's share of the loss, a float.
+    """Add this process's gradients of `loss_fn(micro-batch)` for its rows of a global batch; DDP
+    sums them over the processes, once, at the end. Returns this process's share of the loss, a
+    float.
 
-    Rows are dealt in order of length, so that all processes have about equal work. `loss_fn` returns a
-    micro-batch's share of the global loss, already divided by the GLOBAL count: sums are all that is
-    left to do.
+    Rows are dealt in order of length, so that all processes have about equal work. `loss_fn`
+    returns a micro-batch's share of the global loss, already divided by the GLOBAL count: sums are
+    all that is left to do.
     """
     rows, weight, total = procs.mine(sorted(batch, key=len)), procs.world, 0.0
     if not rows:  # the others would wait for this process: it goes through the motions
@@ -126,8 +133,8 @@ def accumulate_gradients(learner, batch, micro_batch_size, loss_fn, procs):
 
 
 def optimizer_step(learner, lr, grad_clip):
-    """Clip, step, clear -> gradient norm before clipping. Where it is not finite nothing is changed but a count, on
-    every process alike, since DDP has already summed the gradients."""
+    """Clip, step, clear -> gradient norm before clipping. Where it is not finite nothing is changed
+    but a count, on every process alike, since DDP has already summed the gradients."""
     model, optimizer = learner.module.model, learner.optimizer
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     if math.isfinite(grad_norm):
@@ -141,7 +148,8 @@ def optimizer_step(learner, lr, grad_clip):
 
 
 def learning_rate(step, steps, peak, warmup=WARMUP):
-    """Linear warmup over the first `warmup` share of the steps, then a cosine down to 0. `step` counts from 0."""
+    """Linear warmup over the first `warmup` share of the steps, then a cosine down to 0. `step`
+    counts from 0."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return peak * (step + 1) / rise
@@ -153,8 +161,8 @@ def learning_rate(step, steps, peak, warmup=WARMUP):
 
 
 class MasterAdamW(torch.optim.Optimizer):
-    """AdamW on fp32 copies of the weights. A bf16 weight near 1 cannot move by less than 0.004; at a learning rate of
-    1e-6 it would never move at all. fp32 weights are their own masters."""
+    """AdamW on fp32 copies of the weights. A bf16 weight near 1 cannot move by less than 0.004; at
+    a learning rate of 1e-6 it would never move at all. fp32 weights are their own masters."""
 
     def __init__(self, params, **options):
         super().__init__(params, options)
@@ -178,7 +186,8 @@ class MasterAdamW(torch.optim.Optimizer):
             master.grad = None
 
     def state_of(self, p):
-        """A parameter's moments, and its master where that is a copy: nothing depends on how these are sharded."""
+        """A parameter's moments, and its master where that is a copy: nothing depends on how these
+        are sharded."""
         master = self.masters[p]
         return self.adamw.state[master] | ({} if p is master else {"master": master})
 
@@ -192,8 +201,8 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(model, procs):
-    """AdamW for `model`, its states and masters sharded over the processes: 12 / world bytes a parameter beside the 4
-    of bf16 weights and gradients."""
+    """AdamW for `model`, its states and masters sharded over the processes: 12 / world bytes a
+    parameter beside the 4 of bf16 weights and gradients."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = {"params": [p for p in trained if p.dim() > 1], "weight_decay": WEIGHT_DECAY}
     rest = {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}
@@ -212,7 +221,8 @@ def make_optimizer(model, procs):
 
 @dataclass
 class Learner:
-    """A model in training. `module` is a Policy or a RewardModel around `module.model`, `forward` the same in DDP."""
+    """A model in training. `module` is a Policy or a RewardModel around `module.model`, `forward`
+    the same in DDP."""
 
     module: torch.nn.Module
     forward: torch.nn.Module
@@ -221,10 +231,12 @@ class Learner:
 
 
 def prepare(module, cfg, procs):
-    """Check what the model can take, move it to its device, wrap it in DDP, give it an optimizer -> Learner."""
+    """Check what the model can take, move it to its device, wrap it in DDP, give it an optimizer ->
+    Learner."""
     model = module.model
     if cfg.batch_size and cfg.batch_size < procs.world:
-        raise BadInput(f"--batch_size {cfg.batch_size}: fewer rows than the {procs.world} processes")
+        what = f"fewer rows than the {procs.world} processes"
+        raise BadInput(f"--batch_size {cfg.batch_size}: {what}")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and cfg.max_length > limit:
         raise BadInput(f"--max_length {cfg.max_length}: the model takes at most {limit} tokens")
@@ -245,9 +257,9 @@ def prepare(module, cfg, procs):
 
 
 def fill_buckets(forward, model, device):
-    """A backward pass of nothing puts the gradients into DDP's buckets, where zero_grad leaves them. Else those of
-    several micro-batches would be summed outside first: as many bytes again as the weights. (After the first, DDP
-    rearranges its buckets; so it takes two.)"""
+    """A backward pass of nothing puts the gradients into DDP's buckets, where zero_grad leaves
+    them. Else those of several micro-batches would be summed outside first: as many bytes again as
+    the weights. (After the first, DDP rearranges its buckets; so it takes two.)"""
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     for keep in (False, True):
         output = forward(ids, ids[:, 1:] == 0)
@@ -262,8 +274,9 @@ def fill_buckets(forward, model, device):
 
 @torch.no_grad()
 def over_rows(rows, function, procs, rows_at_once=64):
-    """`function(list of rows) -> list of results` for all rows, in order of length, split over the processes and known
-    to all of them; `rows_at_once` rows and 65,536 tokens at most together -> a result for each row."""
+    """`function(list of rows) -> list of results` for all rows, in order of length, split over the
+    processes and known to all of them; `rows_at_once` rows and 65,536 tokens at most together -> a
+    result for each row."""
     order = procs.mine(sorted(range(len(rows)), key=lambda i: -len(rows[i])))
     results = {}
     while order:

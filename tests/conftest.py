@@ -1,4 +1,5 @@
-"""Tests run from a checkout: put its root on the path, and keep every test away from model hubs."""
+"""Tests run from a checkout: put its root on the path, keep every test away from model hubs."""
+
 import os
 import signal
 import sys
@@ -10,7 +11,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts that tests start
-torch.set_num_threads(1)  # as the ranks that tests start: runs are compared bitwise, and the models are too small to share out
+# As the ranks that tests start: runs are compared bitwise, and the models are too small to share out.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
