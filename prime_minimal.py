@@ -5,14 +5,15 @@ Train a language model pi_phi (the implicit PRM) to tell right responses from wr
 of its log-ratios to a reference; then the log-ratio of each token is a reward for that token,
 though no step was ever labelled:
 
-    q_t = log pi_phi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t),   r_t = beta q_t         implicit_rewards
-    loss of the PRM = mean over responses of BCE(sigmoid(sum_t r_t), outcome)                train_implicit_prm
+    q_t = log pi_phi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t),  r_t = beta q_t  implicit_rewards
+    loss = mean over responses of BCE(sigmoid(sum_t r_t), outcome)              train_implicit_prm
 
 Both streams, process and outcome, become advantages, by leave-one-out baselines over the K
 responses to a question (rbar_j: mean token reward of response j; o: outcome), whitened over all
-response tokens:
+tokens:
 
-    A_i,t = sum_{s >= t} [ r_i,s - mean_{j != i} rbar_j ]  +  o_i - mean_{j != i} o_j         prime_advantages
+    A_i,t = sum_{s >= t} [ r_i,s - mean_{j != i} rbar_j ] + o_i - mean_{j != i} o_j
+                                                                                prime_advantages
 
 Before that, r is divided by the largest |sum_{s >= t} r_s| of the batch, so beta matters in the
 PRM's loss only; below `floor` there is no signal but rounding, which dividing would blow up, and r
@@ -27,12 +28,12 @@ a factor K/(K-1) on deviations inside a response (`--estimator rloo_code`), and 
 reward of the last token in one of its versions; we keep it. Left out: the dedicated EurusPRM's
 training recipe (start from any folder with --prm), code execution.
 
-    python prime_minimal.py                                          # built-in policy, outcomes only
+    python prime_minimal.py                                     # built-in policy, outcomes only
     python prime_minimal.py --estimator grpo --update before
-    python prime_minimal.py --process_weight 0                       # outcomes only at equal compute
-    python search_minimal.py --prm runs/prime/prm                    # the implicit PRM as a reward model
-    torchrun --nproc_per_node=8 prime_minimal.py --model PRIME-RL/Eurus-2-7B-SFT --data math.jsonl \\
-        --lr 5e-7 --prm_lr 1e-6 --prompts_per_step 256 --group_size 4 --batch_size 256 \\
+    python prime_minimal.py --process_weight 0                  # outcomes only at equal compute
+    python search_minimal.py --prm runs/prime/prm               # the implicit PRM in search
+    torchrun --nproc_per_node=8 prime_minimal.py --model PRIME-RL/Eurus-2-7B-SFT --lr 5e-7 \\
+        --data math.jsonl --prm_lr 1e-6 --prompts_per_step 256 --group_size 4 --batch_size 256 \\
         --max_length 4096 --max_new_tokens 3072 --micro_batch_size 2 --grad_checkpoint
 
 Files in --out: as in rl_minimal.py; prm/ is the implicit PRM, a causal LM with its reference in
@@ -56,22 +57,23 @@ from parts.runs import Run, last_checkpoint, launch, opt
 from parts.training import Policy, accumulate_gradients, optimizer_step, prepare
 
 ESTIMATORS = ("rloo", "rloo_code", "reinforce", "grpo", "ppo", "value")
+REFERENCES = ("sft", "policy")
+UPDATES = ("after", "before", "none")
 PRM_GRAD_CLIP = 10.0  # largest gradient norm of the PRM
 
 
 @dataclass(frozen=True)
 class Config(rl.RLConfig):
     steps: int = opt(300, "rounds of sampling, scoring and updating", low=1)
-    prm: str | None = opt(None, "what the PRM starts from: without it, the initial policy; none: no PRM")
-    reference: str = opt("sft", "pi_ref: the initial policy or the current one", choices=("sft", "policy"))
-    update: str = opt("after", "when the PRM learns: after its rewards are read, before, or never",
-                      choices=("after", "before", "none"))
-    estimator: str = opt("rloo", "of the advantages; value: the PRM as value model", choices=ESTIMATORS)
-    beta: float = opt(0.5, "scale of the log-ratio in the PRM's loss (paper: 0.05, longer responses)", low=0)
-    process_weight: float = opt(1.0, "of the process rewards' stream; 0: trained, not used", low=0)
-    accuracy: tuple[float, float] = opt((0.2, 0.8), "share of right answers to keep", low=0.0, high=1.0)
-    oversample: int = opt(1, "questions sampled for each one wanted; the first that are kept", low=1)
-    shuffle_process: bool = opt(False, "control: permute the process rewards within each response")
+    prm: str | None = opt(None, "the PRM's start; without it: the initial policy; none: no PRM")
+    reference: str = opt("sft", "pi_ref: the initial policy or the current", choices=REFERENCES)
+    update: str = opt("after", "when the PRM learns; before: then scores again", choices=UPDATES)
+    estimator: str = opt("rloo", "of the advantages; value: PRM as critic", choices=ESTIMATORS)
+    beta: float = opt(0.5, "scale of the log-ratio in the PRM's loss (paper: 0.05)", low=0)
+    process_weight: float = opt(1.0, "of the process rewards; 0: trained, not used", low=0)
+    accuracy: tuple[float, float] = opt((0.2, 0.8), "share of right answers to keep", 0.0, 1.0)
+    oversample: int = opt(1, "questions sampled for each one wanted", low=1)
+    shuffle_process: bool = opt(False, "control: permute process rewards within each response")
     prm_lr: float = opt(1e-3, "learning rate of the PRM (for a 7B model: 1e-6)", low=0)
 
 
@@ -92,7 +94,9 @@ def normalise(process, mask, floor=1e-3):
     return process / (largest + 1e-6) if largest > floor else torch.zeros_like(process)
 
 
-def prime_advantages(process, outcomes, mask, group_size, estimator="rloo", process_weight=1.0, floor=1e-3):
+def prime_advantages(
+    process, outcomes, mask, group_size, estimator="rloo", process_weight=1.0, floor=1e-3
+):
     """Advantages (N, T) from process rewards (N, T) and outcomes (N,) of the GLOBAL batch; mask (N,
     T). Comes along: normalise; returns, whiten and last_token of parts/credit.py.
 
@@ -131,7 +135,8 @@ def prime_advantages(process, outcomes, mask, group_size, estimator="rloo", proc
     elif estimator == "value":
         process = process - process.cumsum(1)  # minus the sum of those before
     elif estimator != "reinforce":
-        raise ValueError(f"estimator {estimator!r}: wanted rloo, rloo_code, grpo, reinforce or value")
+        wanted = "rloo, rloo_code, grpo, reinforce or value"
+        raise ValueError(f"estimator {estimator!r}: wanted {wanted}")
     process = process * mask if estimator == "value" else returns(process, mask)
     outcome = returns(outcome[:, None] * last_token(mask), mask)
     advantages = process_weight * process + outcome
@@ -168,7 +173,8 @@ def main(cfg, procs):
     level = data.builtin_level(cfg.data)
     cfg = rl.check(cfg, "prime", level, procs)
     if cfg.accuracy[0] > cfg.accuracy[1]:
-        raise BadInput(f"--accuracy {cfg.accuracy[0]} {cfg.accuracy[1]}: wanted the lower share first")
+        low, high = cfg.accuracy
+        raise BadInput(f"--accuracy {low} {high}: wanted the lower share first")
     checkpoint, dtype = last_checkpoint(cfg), torch_dtype(cfg, procs.device)
     policy, initial = rl.load_policies(cfg, dtype, procs, checkpoint, cfg.kl_coef)
     problems, held_out = rl.load_problems(cfg, level, policy.module, procs)
@@ -192,7 +198,8 @@ def main(cfg, procs):
         rollouts = rl.roll_out(policy.module, asked, step * sampled, cfg, procs)
         correct = torch.tensor([r.correct for r in rollouts])
         kept = accuracy_filter(rollouts, cfg.group_size, cfg.accuracy, cfg.prompts_per_step)
-        run.log(**rl.rollout_metrics(rollouts, correct, cfg.group_size), kept=len(kept) / len(rollouts))
+        run.log(**rl.rollout_metrics(rollouts, correct, cfg.group_size))
+        run.log(kept=len(kept) / len(rollouts))
         run.lap("sampling")
 
         # 3) Process rewards, with the PRM's step; advantages over the global batch. Without a group
@@ -304,11 +311,12 @@ def train_implicit_prm(prm, rollouts, cfg, procs):
             b = data.collate(rows, prm.module.tokenizer.pad_token_id, procs.device)
             mask = b["response_mask"]
             logprobs, _ = prm.forward(b["input_ids"], mask, cfg.temperature)
-            seen.update(zip([place[id(r)] for r in rows], unstack(logprobs.detach().cpu(), mask.cpu())))
+            arrays = unstack(logprobs.detach().cpu(), mask.cpu())
+            seen.update(zip([place[id(r)] for r in rows], arrays))
             ref_logprobs = rl.on_tokens([r.prm_ref_logprobs for r in rows], mask)
             scores = implicit_rewards(logprobs, ref_logprobs, mask, cfg.beta).sum(1)  # (B,)
-            outcomes = b["outcomes"]
-            return F.binary_cross_entropy_with_logits(scores, outcomes, reduction="sum") / len(batch)
+            losses = F.binary_cross_entropy_with_logits(scores, b["outcomes"], reduction="none")
+            return losses.sum() / len(batch)
 
         loss = accumulate_gradients(prm, batch, cfg.micro_batch_size, loss_fn, procs)
         total += procs.sum(loss)[0] * len(batch) / len(rollouts)

@@ -4,34 +4,34 @@ A scalar head on every token, trained only on which of two responses is right, t
 function: no step labels, no reference model, no language-model head. z_t is the number at response
 token t itself, N_w and N_l the lengths:
 
-    s(y)  = mean_t z_t                                                                   response_scores
-    loss  = - log sigmoid( beta (s(y_w) - s(y_l)) - margin ),  the mean over the pairs         pair_loss
+    s(y)  = mean_t z_t                                                            response_scores
+    loss  = mean over pairs of - log sigmoid( beta (s(y_w) - s(y_l)) - margin )         pair_loss
 
-Preference as a Bradley-Terry model of the MEAN reward, with a maximum-entropy policy exp(z) / sum
-exp(z) behind it, gives beta z_t = Q(s_t, y_t) + c(s_t); what depends on the pair alone is put into
-one constant, the margin. Only differences of z are learned: its level is arbitrary. The loss
-presses on until s(y_w) - s(y_l) > margin / beta, so the scale of z grows; the paper's beta 0.2 asks
-for a gap of 10, too far for a small new head in a minute: the default is 2.
+Preference as a Bradley-Terry model of the MEAN reward, with a maximum-entropy policy
+exp(z) / sum exp(z) behind it, gives beta z_t = Q(s_t, y_t) + c(s_t); what depends on the pair alone
+is put into one constant, the margin. Only differences of z are learned: its level is arbitrary. The
+loss presses on until s(y_w) - s(y_l) > margin / beta, so the scale of z grows; the paper's beta 0.2
+asks for a gap of 10, too far for a small new head in a minute: the default is 2.
+
     --method ORM      s(y) = z of the last token, beta 1, margin 0: an outcome reward model
-    --method DPO-RM   z_t = beta (log pi - log pi_ref)(y_t), s(y) = sum_t z_t, margin 0: DPO's policy as a
-                      reward model. The log-prob of token t is read at position t - 1 (the released code reads
-                      it one token too late)
+    --method DPO-RM   z_t = beta (log pi - log pi_ref)(y_t), s(y) = sum_t z_t, margin 0: DPO's
+                      policy as a reward model. The log-prob of token t is read at position t - 1
+                      (the released code reads it one token too late)
 
 Pairs: a file of pairs; right x wrong responses to a question out of trajectories with an outcome
 (--pairs_from); or the policy answers questions and is verified (the default). No question is in
-both training and held-out pairs. RL with these models is rl_minimal.py --credit token. Left out:
+both training and held-out pairs. RL with these models is `rl_minimal.py --credit token`. Left out:
 LoRA; the focal, pointwise and step-level losses of the released code; value-guided sampling.
 
-    python qrm_minimal.py                                            # pairs, Q-RM, its accuracy, coloured tokens
+    python qrm_minimal.py                                           # pairs, Q-RM, coloured tokens
     python qrm_minimal.py --method DPO-RM --pairs_from runs/search/samples.jsonl
-    python search_minimal.py --prm runs/Q-RM/model runs/ORM/model    # best-of-n and beam search
-    torchrun --nproc_per_node=8 qrm_minimal.py --model meta-llama/Llama-3.1-8B-Instruct --data pairs.jsonl \\
-        --lr 1e-5 --micro_batch_size 2 --grad_checkpoint             # rows: {"prompt", "chosen", "rejected"}
+    python search_minimal.py --prm runs/Q-RM/model runs/ORM/model   # best-of-n and beam search
+    torchrun --nproc_per_node=8 qrm_minimal.py --model meta-llama/Llama-3.1-8B-Instruct \\
+        --data pairs.jsonl --lr 1e-5 --micro_batch_size 2 --grad_checkpoint
 
 Files in --out: as in tdrm_minimal.py; model/reward.json says of which kind the reward model is.
 """
 
-import functools
 import math
 import os
 import sys
@@ -47,28 +47,34 @@ import rl_minimal as rl
 import sft_minimal as sft
 import tdrm_minimal as tdrm
 from parts.credit import last_token, stack
-from parts.formats import BadInput, read_pairs, read_problems, read_trajectories, recognise, split_steps
-from parts.models import check_ids, load_policy, load_tokenizer, torch_dtype
+from parts.formats import BadInput, read_pairs, read_problems, read_trajectories, recognise
+from parts.formats import split_steps
+from parts.models import check_ids, load_policy, load_tokenizer, question_of, torch_dtype
 from parts.rewards import RewardModel, new_reward_model
 from parts.runs import Run, last_checkpoint, launch, opt
-from parts.training import Policy, TrainConfig, accumulate_gradients, learning_rate, optimizer_step, prepare
+from parts.training import Policy, TrainConfig, accumulate_gradients, learning_rate
+from parts.training import optimizer_step, prepare
 
 # Method: the kind in reward.json, how token scores make a response's, beta.
-METHODS = {"Q-RM": ("qrm", "mean", 2.0), "ORM": ("orm", "last", 1.0), "DPO-RM": ("implicit", "sum", 0.1)}
+METHODS = {
+    "Q-RM": ("qrm", "mean", 2.0),
+    "ORM": ("orm", "last", 1.0),
+    "DPO-RM": ("implicit", "sum", 0.1),
+}
 
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
     method: str = opt("Q-RM", "of the reward model", choices=tuple(METHODS))
-    beta: float | None = opt(None, "scale in the loss; Q-RM: 2 (paper: 0.2), DPO-RM: 0.1, ORM has none", low=0)
+    beta: float | None = opt(None, "scale in the loss; without it: Q-RM 2, DPO-RM 0.1", low=0)
     margin: float = opt(2.0, "Q-RM: what beta times the gap should exceed")
-    data: tuple[str, ...] = opt(("builtin",), "builtin, builtin-hard, or files of pairs or problems")
+    data: tuple[str, ...] = opt(("builtin",), "builtin, builtin-hard, files of pairs or problems")
     pairs_from: tuple[str, ...] = opt((), "trajectory files with outcomes to make pairs from")
     pairs_per_question: int = opt(4, "most pairs made for one question", low=1)
     group_size: int = opt(8, "responses sampled for each question to make pairs of", low=2)
-    eval: tuple[str, ...] = opt((), "pairs or trajectories; without it: questions held out of --data")
+    eval: tuple[str, ...] = opt((), "pairs or trajectories; without it: held out of --data")
     eval_problems: int = opt(500, "built-in task: held-out questions", low=1)
-    problems: int | None = opt(None, "questions to answer; without it: all, or 12000 built-in", low=1)
+    problems: int | None = opt(None, "questions; without it: all, or 12000 built-in ones", low=1)
     max_new_tokens: int = opt(128, "longest sampled response", low=1)
     lr: float = opt(2e-3, "peak learning rate (for an 8B model: 1e-5)", low=0)
 
@@ -91,7 +97,16 @@ def response_scores(q, mask, reduce="mean"):
     return q.sum(1) / (mask.sum(1).clamp(min=1) if reduce == "mean" else 1)
 
 
-def pair_loss(q_chosen, q_rejected, mask_chosen, mask_rejected, beta=0.2, margin=2.0, reduce="mean", count=None):
+def pair_loss(
+    q_chosen,
+    q_rejected,
+    mask_chosen,
+    mask_rejected,
+    beta=0.2,
+    margin=2.0,
+    reduce="mean",
+    count=None,
+):
     """Sum over the pairs of -log sigmoid(beta (s_chosen - s_rejected) - margin) / `count` (default:
     their number). Comes along: response_scores; last_token of parts/credit.py.
 
@@ -120,7 +135,9 @@ def main(cfg, procs):
     out = cfg.out or tdrm.default_out(cfg.method, level)
     model = cfg.model or sft.builtin_policy(level, procs)
     cfg = replace(cfg, out=out, model=model, beta=beta if cfg.beta is None else cfg.beta)
-    scale, margin = (cfg.beta, cfg.margin) if kind == "qrm" else (1.0, 0.0)  # DPO-RM's beta is in its scores
+    scale, margin = 1.0, 0.0  # DPO-RM's beta is in its scores
+    if kind == "qrm":
+        scale, margin = cfg.beta, cfg.margin
     checkpoint, dtype = last_checkpoint(cfg), torch_dtype(cfg, procs.device)
     name = os.path.join(checkpoint, "model") if checkpoint else cfg.model
     tokenizer = load_tokenizer(name)
@@ -131,11 +148,12 @@ def main(cfg, procs):
     else:
         reward = new_reward_model(name, tokenizer, dtype, cfg.seed, kind, scale)
     learner = prepare(reward, cfg, procs)
-    check_ids(reward.model, (side.input_ids for p in pairs for side in (p.chosen, p.rejected)), cfg.model)
+    check_ids(reward.model, (p.chosen.input_ids + p.rejected.input_ids for p in pairs), cfg.model)
     steps = cfg.steps or max(1, len(pairs) // cfg.batch_size)
     procs.print(
-        f"{cfg.method}: {len(pairs)} pairs, {len(held_out)} held out ({left_out} too long or of equal "
-        f"responses), {steps} steps of {cfg.batch_size}, {procs.world} processes on {procs.device.type}"
+        f"{cfg.method}: {len(pairs)} pairs, {len(held_out)} held out ({left_out} too long or of "
+        f"equal responses), {steps} steps of {cfg.batch_size}, {procs.world} processes on "
+        f"{procs.device.type}"
     )
 
     # 2) The loop. Both responses of a pair go through one forward.
@@ -148,8 +166,9 @@ def main(cfg, procs):
             sides = [p.chosen for p in rows] + [p.rejected for p in rows]
             b = data.collate(sides, tokenizer.pad_token_id, procs.device)
             mask = b["response_mask"]  # (2 B, T-1)
-            scores = learner.forward(b["input_ids"], mask).logits[:, 1:, 0]  # z is read at the token itself
-            return pair_loss(*scores.chunk(2), *mask.chunk(2), scale, margin, reduce, count=len(batch))
+            z = learner.forward(b["input_ids"], mask).logits[:, 1:, 0]  # read at the token itself
+            count = len(batch)
+            return pair_loss(*z.chunk(2), *mask.chunk(2), scale, margin, reduce, count)
 
         loss = accumulate_gradients(learner, batch, cfg.micro_batch_size, loss_fn, procs)
         lr = learning_rate(step, steps, cfg.lr)
@@ -203,7 +222,8 @@ def load_data(cfg, level, tokenizer, procs):
         held_out = sample_pairs(test, 10**6, cfg, tokenizer, procs)
         if not pairs or not held_out:
             which = f"--problems {cfg.problems or 12_000} --eval_problems {cfg.eval_problems}"
-            raise BadInput(f"{which}: the policy got none of the questions both right and wrong; no pairs")
+            what = "the policy got none of the questions both right and wrong; no pairs"
+            raise BadInput(f"{which}: {what}")
     else:
         files = [*(() if level else cfg.data), *cfg.pairs_from]
         pairs, _ = read_files(files, cfg, tokenizer, procs)
@@ -217,7 +237,7 @@ def load_data(cfg, level, tokenizer, procs):
     trajectories = [row for row in trajectories if str(row["prompt"]) not in trained]
     if not pairs:
         raise BadInput("--eval: it has all questions of --data; none is left to train on")
-    encode = functools.partial(data.encode_trajectory, tokenizer, eos=True)
+    encode = sft.spelling(tokenizer)
     pairs, left_out = encode_pairs(pairs, encode, cfg.max_length)
     held_out, left_out_too = encode_pairs(held_out, encode, cfg.max_length)
     if trajectories:
@@ -275,7 +295,8 @@ def read_files(paths, cfg, tokenizer, procs):
     pairs += make_pairs(rows["trajectories"], cfg.pairs_per_question, cfg.seed)
     pairs += sample_pairs(rows["problems"][: cfg.problems], 0, cfg, tokenizer, procs)
     if not pairs:
-        raise BadInput(f"{' '.join(paths)}: no question there has both a right and a wrong response")
+        what = "no question there has both a right and a wrong response"
+        raise BadInput(f"{' '.join(paths)}: {what}")
     return pairs, [row for row in rows["trajectories"] if row["first_error"] is not None]
 
 
@@ -353,7 +374,8 @@ def step_scores(scores, e, kind):
     found, begin = [], 0
     for end in e.step_ends:
         end += 1 - e.prompt_length
-        found.append(float(scores[:end].sum() if kind == "implicit" else np.mean(scores[begin:end])))
+        number = scores[:end].sum() if kind == "implicit" else np.mean(scores[begin:end])
+        found.append(float(number))
         begin = end
     return found
 
@@ -379,8 +401,8 @@ def print_tokens(title, tokenizer, e, scores, middle):
     in plain numbers where the output is no terminal."""
     color, shades = sys.stdout.isatty(), (196, 203, 217, 255, 157, 83, 46)
     spread = max(1e-9, float(np.abs(np.asarray(scores) - middle).max()))
-    question = e.prompt if isinstance(e.prompt, str) else e.prompt[-1]["content"]
-    print(f"\n{title}: {' '.join(question.split())[:100]}   (middle {middle:+.2f}, reach {spread:.2f})")
+    question = " ".join(question_of(e.prompt).split())[:100]
+    print(f"\n{title}: {question}   (middle {middle:+.2f}, reach {spread:.2f})")
     ids, parts, line = e.input_ids[e.prompt_length :], [], 0
     for t, (i, score) in enumerate(zip(ids, scores)):
         text = tokenizer.decode([i])

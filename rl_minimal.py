@@ -6,8 +6,8 @@ question
 
     R_i = alpha * verifiable_i + (1 - alpha) * V(s_T-1 of tau_i)                  blended_rewards
     A_i = (R_i - mean_j R_j) / std_j R_j                                          group_advantages
-    loss = - sum_{i,t} min(rho A_i, clip(rho, 1 - e, 1 + e) A_i) / (response tokens of the global batch)
-    rho = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)                               policy_loss
+    loss = - sum_{i,t} min(rho A_i, clip(rho, 1 - e, 1 + e) A_i) / (tokens)       policy_loss
+    rho = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
 
 T is the step that holds the answer: V(s_T) would only repeat what the verifier knows. pi_old are
 the log-probs the sampler itself reported (fp32, same temperature, no top-k or top-p), so
@@ -25,10 +25,11 @@ Every process learns all rollouts of a step, so filters, baselines and counts ar
 global batch, by every process alike, and rows are then dealt out by length. A group is never split.
 Left out: asynchronous sampling (a vLLM beside the trainer), entropy bonus, partial rollouts.
 
-    python rl_minimal.py                                     # built-in: pass@1 0.45 -> 0.95+ in minutes
-    python rl_minimal.py --alpha 1                           # rule-only
-    python rl_minimal.py --prm_lr 3e-4 --data builtin-hard   # the reward model learns with it
-    python rl_minimal.py --credit token --alpha 0 --prm runs/qrm/model --estimator reinforce --kl_reward 1
+    python rl_minimal.py                                      # built-in policy and TDRM
+    python rl_minimal.py --alpha 1                            # rule-only
+    python rl_minimal.py --prm_lr 3e-4 --data builtin-hard    # the reward model learns with it
+    python rl_minimal.py --credit token --alpha 0 --prm runs/Q-RM/model \\
+        --estimator reinforce --kl_reward 1
     torchrun --nproc_per_node=8 rl_minimal.py --model Qwen/Qwen2.5-Math-7B --prm PRM --alpha 0.8 \\
         --data math_level3.jsonl --prompts_per_step 128 --group_size 7 --lr 1e-6 \\
         --max_new_tokens 2048 --max_length 2560 --micro_batch_size 2 --grad_checkpoint
@@ -47,10 +48,12 @@ import data
 import sft_minimal as sft
 import tdrm_minimal as tdrm
 from parts.answers import verify
-from parts.credit import Critic, last_token, reinforce_advantages, stack, token_rewards, unstack
+from parts.credit import Critic, last_token, reinforce_advantages, stack, token_rewards
+from parts.credit import unstack
 from parts.decoding import longest_context, sample
 from parts.formats import BadInput, read_problems, split_steps
-from parts.models import check_ids, encode_prompt, load_policy, load_tokenizer, torch_dtype
+from parts.models import check_ids, encode_prompt, load_policy, load_tokenizer, question_of
+from parts.models import torch_dtype
 from parts.rewards import load_reward_model
 from parts.runs import Run, last_checkpoint, launch, opt
 from parts.training import WARMUP, Policy, TrainConfig, accumulate_gradients, learning_rate
@@ -90,7 +93,7 @@ class Config(RLConfig):
     alpha: float = opt(0.8, "share of the verifiable reward in the blend", low=0, high=1)
     estimator: str = opt("grpo", "of the advantages", choices=(*GROUPED, "reinforce", "ppo"))
     prm_lr: float = opt(0.0, "learning rate of the reward model on the rollouts; 0: frozen", low=0)
-    credit: str = opt("response", "what is paid: responses, or tokens", choices=("response", "token"))
+    credit: str = opt("response", "what is paid", choices=("response", "token"))
     kl_reward: float = opt(0.0, "token credit: weight of log pi - log pi_0 in the rewards", low=0)
     gamma: float = opt(0.9, "ppo: discount; 0 for a Q-RM, whose rewards are returns", low=0, high=1)
 
@@ -207,9 +210,10 @@ def main(cfg, procs):
             if prm:
                 examples = encode_for(prm, rollouts)
                 values = prm.score_steps(examples, procs)
-                process = torch.tensor([v[state_before_answer(e)] for v, e in zip(values, examples)])
+                process = before_answer(values, examples)  # (N,)
                 rewards = blended_rewards(correct, process, cfg.alpha)
-                more = {"prm": process.mean().item(), "prm_auroc": tdrm.auroc(process, correct > 0.5)}
+                auroc = tdrm.auroc(process, correct > 0.5)
+                more = {"prm": process.mean().item(), "prm_auroc": auroc}
             advantages = group_advantages(rewards, cfg.group_size, cfg.estimator)
             for r, advantage in zip(rollouts, advantages.tolist()):
                 r.advantages = np.full(len(r.old_logprobs), advantage, dtype=np.float32)
@@ -220,8 +224,7 @@ def main(cfg, procs):
         run.log(**update_policy(policy, rollouts, step, cfg, procs))
         if prm_learner:
             run.log(prm_grad_norm=train_reward_model(prm_learner, examples, cfg, procs))
-            after = prm.score_steps(examples, procs)
-            process = [v[state_before_answer(e)] for v, e in zip(after, examples)]
+            process = before_answer(prm.score_steps(examples, procs), examples)
             run.log(prm_auroc_after=tdrm.auroc(process, correct > 0.5))
         run.lap("update")
 
@@ -291,6 +294,11 @@ def state_before_answer(e):
     return max(0, len(steps) - 2)
 
 
+def before_answer(values, examples):
+    """V(s_T-1) of each rollout, (N,)."""
+    return torch.tensor([v[state_before_answer(e)] for v, e in zip(values, examples)])
+
+
 def update_policy(policy, rollouts, step, cfg, procs):
     """The clipped policy gradient over a step's rollouts with old_logprobs and advantages ->
     metrics."""
@@ -318,7 +326,8 @@ def update_policy(policy, rollouts, step, cfg, procs):
             clipped = torch.where(advantages > 0, above, below)
             approx_kl = kl_divergence(old_logprobs, logprobs.detach())
             if procs.mine(batch):  # not where a process only goes through the motions
-                sums.add_(torch.stack([(x * mask).sum() for x in (clipped, approx_kl, entropy)]).cpu())
+                for i, x in enumerate((clipped, approx_kl, entropy)):
+                    sums[i] += (x * mask).sum().cpu()
                 largest.append((ratio - 1).abs().max().item())
             return loss
 
@@ -326,8 +335,8 @@ def update_policy(policy, rollouts, step, cfg, procs):
         grad_norm = optimizer_step(policy, lr, cfg.grad_clip)
         totals += [*procs.sum(*sums.tolist()), tokens]
         if begin == 0:  # the policy is still the one that sampled
-            everywhere = procs.merge({procs.rank: largest})
-            deviation = float(np.max([x for each in everywhere.values() for x in each]))  # NaN shows
+            largest = procs.merge({procs.rank: float(np.max(largest))})  # of NaN, NaN
+            deviation = float(np.max(list(largest.values())))
     clipped, kl, entropy, tokens = totals.tolist()
     return {
         "grad_norm": grad_norm,
@@ -387,12 +396,15 @@ def check(cfg, name, level, procs):
         raise BadInput(f"--prompts_per_step {P}: fewer responses than the {procs.world} processes")
     if getattr(cfg, "credit", "") == "token":
         if cfg.estimator not in ("reinforce", "ppo"):
-            raise BadInput(f"--credit token: wanted --estimator reinforce or ppo, not {cfg.estimator}")
+            wanted = f"--estimator reinforce or ppo, not {cfg.estimator}"
+            raise BadInput(f"--credit token: wanted {wanted}")
         if cfg.alpha or cfg.prm_lr:
-            raise BadInput("--credit token: a frozen reward model pays; wanted --alpha 0 --prm_lr 0")
+            wanted = "--alpha 0 --prm_lr 0"
+            raise BadInput(f"--credit token: a frozen reward model pays; wanted {wanted}")
     elif getattr(cfg, "credit", "") == "response":
         if cfg.estimator == "ppo" or cfg.kl_reward:
-            raise BadInput("--estimator ppo and --kl_reward pay single tokens: wanted --credit token")
+            which = "--estimator ppo and --kl_reward"
+            raise BadInput(f"{which} pay single tokens: wanted --credit token")
     out = os.path.join("runs", name + (level or "").removeprefix("builtin"))
     model = cfg.model or sft.builtin_policy(level, procs)
     return replace(cfg, out=cfg.out or out, model=model)
@@ -446,7 +458,8 @@ def load_problems(cfg, level, policy, procs):
         for problem in rows:
             ids = encode_prompt(policy.tokenizer, problem["question"])
             lengths.append(ids)
-            if problem["question"].strip() and len(ids) + cfg.max_new_tokens <= limit:
+            blank = not question_of(problem["question"]).strip()
+            if not blank and len(ids) + cfg.max_new_tokens <= limit:
                 part.append(problem)
     if not kept[0] or not kept[1]:
         what = "no question leaves room for it within"

@@ -21,7 +21,7 @@ Duplicate candidates are scored once. The reward models may be of any kind (part
     python search_minimal.py                                 # built-in models: a table in a minute
     python search_minimal.py --prm runs/TDRM/model runs/ScalarPRM/model --show
     torchrun --nproc_per_node=8 -- search_minimal.py --model Qwen/Qwen2.5-Math-7B-Instruct \\
-        --data math500.jsonl --n 64 --prm PRM     # without the --, torchrun would take --n for its own
+        --data math500.jsonl --n 64 --prm PRM    # without the --, torchrun would take --n itself
     python search_minimal.py --label_rollouts 8 --data solutions.jsonl    # step labels by rollouts
 
 Files in --out: samples.jsonl (trajectories, with values: training data for tdrm_minimal.py),
@@ -45,9 +45,11 @@ import data
 import sft_minimal as sft
 import tdrm_minimal as tdrm
 from parts.answers import answer_key, extract_answer, verify
-from parts.decoding import StepEnd, decode, feed, longest_context, pad, prompt_cache, sample, uniforms
+from parts.decoding import StepEnd, decode, feed, longest_context, pad, prompt_cache
+from parts.decoding import sample, uniforms
 from parts.formats import BadInput, read_problems, read_trajectories, split_steps
-from parts.models import STEP_END, encode_prompt, end_ids, load_policy, load_tokenizer, torch_dtype
+from parts.models import STEP_END, encode_prompt, end_ids, load_policy, load_tokenizer
+from parts.models import question_of, torch_dtype
 from parts.rewards import load_reward_model
 from parts.runs import Processes, last_checkpoint, launch, open_folder, opt, write_json
 
@@ -56,11 +58,11 @@ MAX_DEPTH = 1000  # of a tree: a bound for models that never end a response
 
 @dataclass(frozen=True)
 class Config:
-    model: str | None = opt(None, "policy: Hugging Face name or folder; without it: the built-in one")
+    model: str | None = opt(None, "policy: name or folder; without it: the built-in one")
     prm: tuple[str, ...] = opt((), "reward models; without it: the built-in TDRM; none: no model")
     data: tuple[str, ...] = opt(("builtin",), "builtin, builtin-hard, or files of problems")
     out: str | None = opt(None, "folder of the run; without it: runs/search")
-    problems: int | None = opt(None, "how many; without it: all of a file's, 200 built-in ones", low=1)
+    problems: int | None = opt(None, "how many; without it: all, or 200 built-in ones", low=1)
     n: int = opt(16, "samples of each problem", low=1)
     beam: int = opt(4, "kept prefixes in beam search, subtrees in dvts", low=1)
     expand: tuple[int, ...] = opt((2, 4, 8), "next steps sampled from each kept prefix", low=1)
@@ -98,8 +100,22 @@ class Beam:
 
 
 @torch.no_grad()
-def tree_search(model, tokenizer, prm, prompts, keep, expand, subtrees=1, temperature=1.0,
-                max_step_tokens=64, max_new_tokens=256, seed=0, keys=None, step_end=None, trace=None):
+def tree_search(
+    model,
+    tokenizer,
+    prm,
+    prompts,
+    keep,
+    expand,
+    subtrees=1,
+    temperature=1.0,
+    max_step_tokens=64,
+    max_new_tokens=256,
+    seed=0,
+    keys=None,
+    step_end=None,
+    trace=None,
+):
     """Grow each prompt's response step by step -> (best Beam of each prompt, Counter of tokens
     "generated" and "scored").
 
@@ -441,7 +457,8 @@ def load_problems(cfg, level, model, tokenizer, procs):
     limit, kept = longest_context(model.config) - cfg.max_new_tokens, []
     for i, problem in enumerate(problems):
         question = problem["question"]
-        if question.strip() and len(encode_prompt(tokenizer, question)) <= limit:
+        blank = not question_of(question).strip()
+        if not blank and len(encode_prompt(tokenizer, question)) <= limit:
             kept.append(problem)
         else:
             source = problem.get("source", i)
@@ -523,11 +540,11 @@ def show_search(cfg, question, name, policy, prm):
     options = {"temperature": cfg.temperature, "max_step_tokens": cfg.max_step_tokens}
     options |= {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "trace": trace}
     tree_search(*policy, prm, [question], cfg.beam, b, **options)
-    print(f"\nbeam search {cfg.beam} x {b} with {name}: {question}")
+    print(f"\nbeam search {cfg.beam} x {b} with {name}: {question_of(question)}")
     for depth, _, candidates, kept in trace:
         finished = sum(beam.finished for beam in kept)
-        print(f"  depth {depth + 1}: {len(candidates)} distinct candidates; {finished} of the "
-              f"{len(kept)} kept are finished")
+        ended = f"{finished} of the {len(kept)} kept are finished"
+        print(f"  depth {depth + 1}: {len(candidates)} distinct candidates; {ended}")
         for beam in sorted(candidates, key=lambda beam: -beam.value):
             mark = "keep" if any(beam is other for other in kept) else ""
             text = " | ".join(" ".join(step.split()) for step in beam.steps)[-80:]
@@ -543,16 +560,14 @@ def label(cfg, procs, level):
     prefix that ends with step t; the last step's is the outcome itself. Writes labelled.jsonl."""
     if level:
         raise BadInput("--label_rollouts: --data must be trajectory files")
-    (model, tokenizer), _ = load_models(
-        replace(cfg, prm=("none",)), procs, level, torch_dtype(cfg, procs.device)
-    )
+    cfg = replace(cfg, prm=("none",))
+    (model, tokenizer), _ = load_models(cfg, procs, level, torch_dtype(cfg, procs.device))
     rows = list(read_trajectories(cfg.data))[: cfg.problems]
     limit = longest_context(model.config) - cfg.max_new_tokens
     for row in rows:
         if row["answer"] is None:
-            raise BadInput(
-                f"{row['source']}: --label_rollouts needs 'answer', to tell whether a rollout reaches it"
-            )
+            needs = "--label_rollouts needs 'answer', to tell whether a rollout reaches it"
+            raise BadInput(f"{row['source']}: {needs}")
 
     def work(chunk):
         prefixes, owners = [], []
@@ -564,8 +579,9 @@ def label(cfg, procs, level):
                     prefixes.append(ids[: end + 1])
                     owners.append((i, t))
         keys = [i * 10_000 + t for i, t in owners]
-        samples = sample(model, tokenizer, prefixes, cfg.label_rollouts, cfg.temperature,
-                         cfg.max_new_tokens, cfg.seed, keys, rows_at_once=cfg.rows_at_once)
+        limits = cfg.temperature, cfg.max_new_tokens
+        options = {"seed": cfg.seed, "keys": keys, "rows_at_once": cfg.rows_at_once}
+        samples = sample(model, tokenizer, prefixes, cfg.label_rollouts, *limits, **options)
         labels = {i: [None] * len(rows[i]["completions"]) for i in chunk}
         tokens = Counter()
         for (i, t), rollouts in zip(owners, samples):
@@ -593,8 +609,8 @@ def label(cfg, procs, level):
                 f.write(json.dumps(kept | {"labels": record["labels"]}) + "\n")
         os.replace(path + ".tmp", path)
         write_json(os.path.join(cfg.out, "summary.json"), summary)
-        print(f"{len(whole)} trajectories labelled ({summary['left_out']} too long), "
-              f"{summary['tokens']} tokens of rollouts; in {path}")
+        found = f"{len(whole)} trajectories labelled ({summary['left_out']} too long)"
+        print(f"{found}, {summary['tokens']} tokens of rollouts; in {path}")
     procs.barrier()
     return summary
 

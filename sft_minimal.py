@@ -2,16 +2,16 @@
 
 With response tokens y_1..y_n after the prompt x,
 
-    loss = - sum_{rows, t} log pi(y_t | x, y_<t) / (response tokens of the whole global batch)              sft_loss
+    loss = - sum_{rows, t} log pi(y_t | x, y_<t) / (response tokens of the global batch)    sft_loss
 
 The lines of the loop are the same in every chapter; parts/training.py has them, with what makes
 them right on any number of processes. With no options this trains the built-in policy (134k
 parameters) that the other chapters start from. Left out: packing, LoRA, FSDP.
 
-    python sft_minimal.py                                                    # the built-in policy
-    python sft_minimal.py --data builtin-hard                                # the one for long chains
-    torchrun --nproc_per_node=8 sft_minimal.py --model Qwen/Qwen2.5-Math-7B --data solutions.jsonl \\
-        --lr 1e-5 --batch_size 128 --micro_batch_size 2 --grad_checkpoint    # rows: {"prompt", "completions", "answer"}
+    python sft_minimal.py                           # the built-in policy
+    python sft_minimal.py --data builtin-hard       # the one for long chains
+    torchrun --nproc_per_node=8 sft_minimal.py --model Qwen/Qwen2.5-Math-7B \\
+        --data solutions.jsonl --lr 1e-5 --batch_size 128 --micro_batch_size 2 --grad_checkpoint
 
 Files in --out: config.json, metrics.jsonl, summary.json, model/ (a Hugging Face folder), state/
 (for --resume).
@@ -29,7 +29,7 @@ from parts.formats import BadInput, read_trajectories
 from parts.models import check_ids, encode_prompt, load_policy, load_tokenizer, torch_dtype
 from parts.runs import Run, last_checkpoint, launch, opt
 from parts.training import Policy, TrainConfig, accumulate_gradients, learning_rate
-from parts.training import optimizer_step, prepare
+from parts.training import optimizer_step, over_rows, prepare
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def main(cfg, procs):
     order = data.batches([len(e) for e in examples], cfg.batch_size, cfg.seed, run.start)
     for step in run.steps():
         batch = [examples[i] for i in next(order)]
-        tokens = sum(len(e) - e.prompt_length for e in batch)  # of the global batch, on every process
+        tokens = sum(len(e) - e.prompt_length for e in batch)  # of the global batch
 
         def loss_fn(rows):
             b = data.collate(rows, tokenizer.pad_token_id, procs.device)
@@ -83,14 +83,16 @@ def main(cfg, procs):
         grad_norm = optimizer_step(learner, lr, cfg.grad_clip)
         run.log(loss=procs.sum(loss)[0], grad_norm=grad_norm, lr=lr)
         if run.evaluates:
-            run.log(**{"pass@1": pass_at_1(model, tokenizer, held_out, cfg, procs)})
+            run.log(**evaluate(learner.module, held_out, cfg, procs))
     if run.stopped:
         return None
 
     # 3) What came of it.
-    accuracy, parameters = pass_at_1(model, tokenizer, held_out, cfg, procs), model.num_parameters()
-    summary = {"pass@1": accuracy, "questions": len(held_out), "parameters": parameters}
-    return run.finish(summary, f"pass@1 {accuracy:.3f} on {len(held_out)} held-out questions")
+    measures = evaluate(learner.module, held_out, cfg, procs)
+    ((name, number),) = measures.items()
+    headline = f"{name} {number:.3f} on {len(held_out)} held-out questions"
+    counts = {"questions": len(held_out), "parameters": model.num_parameters()}
+    return run.finish(measures | counts, headline)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -101,21 +103,37 @@ def load_data(cfg, level, tokenizer):
     """-> training Examples, held-out rows (one a question: only its answer is used), number too
     long."""
     if level:
-        count = {"builtin": 600, "builtin-hard": 1200}[level] * 64  # so that one pass is as long as the policy needs
-        problems = data.make_problems(count // 4, "train", cfg.seed, level)
+        batches = {"builtin": 600, "builtin-hard": 1200}[level]  # of 64: one pass is all it needs
+        problems = data.make_problems(batches * 16, "train", cfg.seed, level)
         rows = data.make_trajectories(problems, 4, seed=cfg.seed, level=level)
         problems = data.make_problems(cfg.eval_problems, "test", 0, level)
         held_out = data.make_trajectories(problems, seed=1, level=level)
     else:
-        rows, held_out = data.hold_out(list(read_trajectories(cfg.data)))
-        lacking = next((row for row in held_out if row["answer"] is None), None)
-        if lacking:
-            raise BadInput(f"{lacking['source']}: there is no 'answer' to check sampled responses against")
-        rows = [row for row in rows if row["correct"] is not False]  # a wrong solution is nothing to imitate
-    encode = functools.partial(data.encode_trajectory, tokenizer, eos=True)
-    examples, left_out = data.encode_rows(rows, encode, cfg.max_length)
+        rows, held_out = data.hold_out(list(read_trajectories(cfg.data, outcome=False)))
+        rows = [row for row in rows if row["correct"] is not False]  # nothing to imitate
+    examples, left_out = data.encode_rows(rows, spelling(tokenizer), cfg.max_length)
     by_question = {str(row["prompt"]): row for row in held_out}
     return examples, list(by_question.values())[: cfg.eval_problems], left_out
+
+
+def spelling(tokenizer):
+    """How a policy writes a trajectory: with the token that ends a response."""
+    return functools.partial(data.encode_trajectory, tokenizer, eos=True)
+
+
+def evaluate(policy, held_out, cfg, procs):
+    """{"pass@1"} on the questions with a gold answer; where none has one, {"held-out loss"}."""
+    answered = [row for row in held_out if row["answer"] is not None]
+    if answered:
+        return {"pass@1": pass_at_1(policy.model, policy.tokenizer, answered, cfg, procs)}
+    examples, _ = data.encode_rows(held_out, spelling(policy.tokenizer), cfg.max_length)
+    tokens = sum(len(e) - e.prompt_length for e in examples)
+
+    def score(part):
+        b = data.collate(part, policy.tokenizer.pad_token_id, procs.device)
+        return [sft_loss(policy, b["input_ids"], b["response_mask"], 1).item()]
+
+    return {"held-out loss": sum(over_rows(examples, score, procs, 1)) / tokens}
 
 
 @torch.no_grad()
@@ -131,10 +149,18 @@ def pass_at_1(model, tokenizer, rows, cfg, procs, rows_at_once=256):
         for start in range(0, len(mine), rows_at_once):
             chunk = mine[start : start + rows_at_once]
             prompts = {"input_ids": [encode_prompt(tokenizer, row["prompt"]) for row in chunk]}
-            padded = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(procs.device)
-            options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "use_cache": True}
-            options |= {"max_new_tokens": cfg.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
-            ids = model.generate(**padded, **options)[:, padded["input_ids"].shape[1] :]
+            padded = tokenizer.pad(prompts, padding_side="left", return_tensors="pt")
+            ids = model.generate(
+                **padded.to(procs.device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                use_cache=True,
+                max_new_tokens=cfg.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            ids = ids[:, padded["input_ids"].shape[1] :]  # responses only
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             right += sum(verify(text, row["answer"]) for text, row in zip(texts, chunk))
     model.train()

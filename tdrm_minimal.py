@@ -5,12 +5,14 @@ A response is cut into steps; the state s_t is the question and steps 1..t; V(s_
 say how promising it is. A ScalarPRM fits each step's own label, so its values jump; an n-step TD
 target lets each value look ahead:
 
-    V_t = sigmoid(logit at the last token of step t)                                       step_values
-    r_t = a cosine in t/T from a to b, (a, b) = `correct` where step t is labelled right,  shaped_rewards
-          `wrong` where not; 0 without labels
-    y_t = clamp( r_t + gamma r_t+1 + ... + gamma^(n-1) r_t+n-1 + gamma^n V_t+n,  0, 1 )    td_targets
+    V_t = sigmoid(logit at the last token of step t)                                step_values
+    r_t = a cosine in t/T from a to b, (a, b) = `correct` where step t is labelled  shaped_rewards
+          right, `wrong` where not; 0 without labels
+    y_t = clamp( r_t + gamma r_t+1 + ... + gamma^(n-1) r_t+n-1 + gamma^n V_t+n,     td_targets
+                 0, 1 )
     y_T = c, the outcome: is the final answer right?
-    loss = mean over all states of the global batch of BCE(V_t, y_t), no gradient through y     value_loss
+    loss = mean over all states of the global batch of BCE(V_t, y_t), no gradient   value_loss
+           through y
 
 Under causal attention the hidden state at the end of step t does not depend on what follows. So ONE
 forward over the trajectory gives all values, targets and gradients, where the published code runs
@@ -18,14 +20,15 @@ two over whole prefixes per transition. Condition: nothing follows a prefix, so 
 closes an unfinished response (data.py).
 
 Without step labels r = 0 and gamma = 1, and n is the whole response unless --n_step says otherwise
-(y = c at every state, Monte Carlo): V then estimates P(correct | state) from outcomes alone.
-`--method ScalarPRM` (BCE on the step labels) and `--method ScalarORM` (BCE on the outcome, last
-step only) are the baselines. Left out: nothing of the method.
+(y = c at every state, Monte Carlo): V then estimates P(correct | state) from outcomes alone. The
+baselines are `--method ScalarPRM` (BCE on the step labels) and `--method ScalarORM` (BCE on the
+outcome, last step only). Left out: nothing of the method.
 
-    python tdrm_minimal.py                          # built-in task: a table and three solutions, in about two minutes
-    torchrun --nproc_per_node=8 tdrm_minimal.py --model Qwen/Qwen2.5-Math-7B --data math_shepherd.jsonl \\
-        --eval processbench.jsonl --lr 1e-6 --batch_size 256 --micro_batch_size 4 --grad_checkpoint
-    python tdrm_minimal.py --score solutions.jsonl --model runs/TDRM/model  # every step's value, one JSON line a row
+    python tdrm_minimal.py       # built-in task: a table and three solutions, in about two minutes
+    torchrun --nproc_per_node=8 tdrm_minimal.py --model Qwen/Qwen2.5-Math-7B --lr 1e-6 \\
+        --data math_shepherd.jsonl --eval processbench.jsonl \\
+        --batch_size 256 --micro_batch_size 4 --grad_checkpoint
+    python tdrm_minimal.py --score solutions.jsonl --model runs/TDRM/model   # every step's value
 
 Files in --out: config.json, metrics.jsonl, summary.json, model/ (a Hugging Face folder), state/
 (for --resume).
@@ -44,7 +47,7 @@ import torch.nn.functional as F
 import data
 import sft_minimal as sft
 from parts.formats import BadInput, read_trajectories
-from parts.models import check_ids, load_tokenizer, torch_dtype
+from parts.models import check_ids, load_tokenizer, question_of, torch_dtype
 from parts.rewards import load_reward_model, new_reward_model
 from parts.runs import Run, last_checkpoint, launch, opt
 from parts.training import TrainConfig, accumulate_gradients, learning_rate, optimizer_step, prepare
@@ -55,17 +58,17 @@ METHODS = ("TDRM", "ScalarPRM", "ScalarORM")
 @dataclass(frozen=True)
 class Config(TrainConfig):
     method: str = opt("TDRM", "what the values are trained on", choices=METHODS)
-    gamma: float = opt(0.8, "discount of later rewards and values; taken as 1 without step labels", low=0, high=1)
-    n_step: int | None = opt(None, "n, rewards before a value (paper: 1 to 3); without it: 3, without labels all", low=1)
+    gamma: float = opt(0.8, "discount; 1 where there are no step labels", low=0, high=1)
+    n_step: int | None = opt(None, "n (paper: 1 to 3); without it: 3, without labels all", low=1)
     lam: float | None = opt(None, "TD(lambda) in place of n steps", low=0, high=1)
-    correct: tuple[float, float] = opt((0.5, 0.2), "shaped reward of a right step, at a response's beginning and end")
-    wrong: tuple[float, float] = opt((-0.5, -1.0), "shaped reward of a wrong step, likewise")
+    correct: tuple[float, float] = opt((0.5, 0.2), "reward of a right step, at beginning and end")
+    wrong: tuple[float, float] = opt((-0.5, -1.0), "reward of a wrong step, likewise")
     lr: float = opt(2e-3, "peak learning rate (for a 7B model: 1e-6)", low=0)
-    eval: tuple[str, ...] = opt((), "trajectory files to evaluate on; without it: questions held out of --data")
+    eval: tuple[str, ...] = opt((), "trajectory files; without it: questions held out of --data")
     problems: int = opt(16_000, "built-in task: training questions, four solutions each", low=1)
-    label_rollouts: int = opt(4, "built-in task: rollouts a step label is estimated from; 0: no step labels", low=0)
-    label_kind: str = opt("hard", "built-in task: any rollout right, or share", choices=("hard", "soft"))
-    score: str | None = opt(None, "trajectory file: print its step values under --model, train nothing")
+    label_rollouts: int = opt(4, "built-in task: rollouts per step label; 0: no labels", low=0)
+    label_kind: str = opt("hard", "a label: any rollout right, or share", choices=("hard", "soft"))
+    score: str | None = opt(None, "trajectory file: print its step values, train nothing")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,7 +119,7 @@ def td_targets(values, rewards, outcomes, mask, gamma=0.8, n_step=1, lam=None):
 def value_loss(logits, targets, weights, count):
     """Binary cross-entropy between sigmoid(logits) and targets (B, S), weighted, divided by
     `count`, that of the whole global batch."""
-    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")  # (B, S)
     return (losses * weights).sum() / count
 
 
@@ -178,8 +181,8 @@ def main(cfg, procs):
     steps = cfg.steps or max(1, len(examples) // cfg.batch_size)
     procs.print(
         f"{cfg.method}: {len(examples)} trajectories ({left_out} too long), "
-        f"step labels: {'yes' if labelled else 'no (r = 0, gamma = 1)'}, {steps} steps of {cfg.batch_size}, "
-        f"{procs.world} processes on {procs.device.type}"
+        f"step labels: {'yes' if labelled else 'no (r = 0, gamma = 1)'}, "
+        f"{steps} steps of {cfg.batch_size}, {procs.world} processes on {procs.device.type}"
     )
 
     # 2) The loop.
@@ -187,13 +190,14 @@ def main(cfg, procs):
     order = data.batches([len(e) for e in examples], cfg.batch_size, cfg.seed, run.start)
     for step in run.steps():
         batch = [examples[i] for i in next(order)]
-        states = len(batch) if cfg.method == "ScalarORM" else sum(len(e.step_ends) for e in batch)  # global count
+        states = sum(len(e.step_ends) for e in batch)  # of the global batch, on every process
+        count = len(batch) if cfg.method == "ScalarORM" else states
 
         def loss_fn(rows):
             b = data.collate(rows, tokenizer.pad_token_id, procs.device)
             logits = step_values(learner.forward, b["input_ids"], None, b["step_ends"])  # (B, S)
             targets, weights = targets_and_weights(cfg, logits, b, labelled)
-            return value_loss(logits, targets, weights, states)
+            return value_loss(logits, targets, weights, count)
 
         loss = accumulate_gradients(learner, batch, cfg.micro_batch_size, loss_fn, procs)
         lr = learning_rate(step, steps, cfg.lr)
@@ -223,7 +227,8 @@ def load_data(cfg, level, encode):
         kind, K = cfg.label_kind, cfg.label_rollouts
         problems = data.make_problems(cfg.problems, "train", cfg.seed, level)
         rows = data.make_trajectories(problems, 4, K, kind, cfg.seed, level)
-        held_out = data.make_trajectories(data.make_problems(1000, "test", 0, level), 2, 4, kind, 1, level)
+        problems = data.make_problems(1000, "test", 0, level)
+        held_out = data.make_trajectories(problems, 2, 4, kind, 1, level)
     elif cfg.eval:
         rows = read_trajectories(cfg.data)
     else:
@@ -245,8 +250,8 @@ def load_data(cfg, level, encode):
 def score_file(cfg, procs):
     """`--score FILE`: every trajectory's step values, one JSON line a row in the file's order, to
     standard output; null for one that is longer than --max_length."""
-    rows = read_trajectories(cfg.score)
-    rows = itertools.chain([next(rows)], rows)  # a mistake in the file shows before the model is loaded
+    rows = read_trajectories(cfg.score, outcome=False)
+    rows = itertools.chain([next(rows)], rows)  # a mistake in the file shows before a model loads
     name = cfg.model or os.path.join(default_out(cfg.method), "model")
     reward = load_reward_model(name, torch_dtype(cfg, procs.device), procs.device)
     while chunk := list(itertools.islice(rows, 64 * procs.world)):
@@ -274,7 +279,10 @@ def evaluate(cfg, values, examples):
     labels = padded([e.labels or [] for e in examples])
     rewards, gamma = rewards_and_gamma(cfg, labels, mask, labelled)
     measures = smoothness(padded(values), rewards, mask, gamma)
-    known = [(v, e.correct) for v, e in zip(values, examples) if e.correct is not None and len(v) > 1]
+    known = []
+    for v, e in zip(values, examples):
+        if e.correct is not None and len(v) > 1:
+            known.append((v, e.correct))
     if known:
         correct = [c for _, c in known]
         measures["auroc_last"] = auroc([v[-1] for v, _ in known], correct)
@@ -341,7 +349,7 @@ def first_error_f1(values, first_errors):
     none); F1 is the harmonic mean of the accuracies on wrong and right solutions. Each half of the
     rows uses the other half's best threshold."""
     thresholds, truth = np.linspace(0.01, 0.99, 99), np.array(first_errors)
-    found = np.full((len(truth), len(thresholds)), -1)  # [i, k]: the first step of row i under threshold k, or -1
+    found = np.full((len(truth), len(thresholds)), -1)  # [i, k]: row i's first step under k, or -1
     for i, v in enumerate(values):
         lowest = np.minimum.accumulate(v)
         first = np.searchsorted(-lowest, -thresholds, side="right")
@@ -394,7 +402,8 @@ def choose_three(examples):
     """A right solution, one going wrong early and one going wrong late, where there are such ->
     [(title, index)]."""
     places, found = [error_place(e) for e in examples], {}
-    for i in sorted(range(len(examples)), key=lambda i: -min(6, len(examples[i].step_ends))):  # a few steps to see
+    steps_to_see = [min(6, len(e.step_ends)) for e in examples]
+    for i in sorted(range(len(examples)), key=lambda i: -steps_to_see[i]):
         correct, place, title = examples[i].correct, places[i], None
         if correct and place is None:
             title = "right"
@@ -409,8 +418,7 @@ def choose_three(examples):
 
 
 def print_solution(title, e, values):
-    question = e.prompt if isinstance(e.prompt, str) else e.prompt[-1]["content"]
-    print(f"\n{title}: {' '.join(question.split())[:100]}")
+    print(f"\n{title}: {' '.join(question_of(e.prompt).split())[:100]}")
     for t, (step, value) in enumerate(zip(e.completions, values)):
         wrong = "  <- first wrong step" if t == e.first_error else ""
         print(f"  {'█' * round(20 * value):<20} {value:.2f}  {' '.join(step.split())[:70]}{wrong}")

@@ -11,7 +11,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts that tests start
-# As the ranks that tests start: runs are compared bitwise, and the models are too small to share out.
+# As in the ranks that tests start: runs are compared bitwise (and the models are tiny).
 torch.set_num_threads(1)
 
 

@@ -3,6 +3,7 @@ and what its docstring says comes along, and computes there what it computes her
 
 import inspect
 import math
+import os
 import re
 import types
 
@@ -21,38 +22,41 @@ from test_decoding import PROMPTS, TOKENIZERS, policy
 BESIDE = {"torch": torch, "F": F, "math": math, "np": np}
 
 
-def named(piece):
-    """What the docstring says comes along, as found beside the piece -> {name: object}; and whether
-    that is all above it in its file."""
-    said = re.search(r"Comes along:(.*?)(\.\s|\.?$)", piece.__doc__ or "", re.S)
-    words = re.findall(r"\w+", said[1]) if said else []
-    found = {w: piece.__globals__[w] for w in words if w in piece.__globals__}
-    return found, bool(said) and "all above it" in said[1]
+def comes_along(piece):
+    """The words of its docstring on what comes along."""
+    said = re.search(r"Comes along: (.*?)\.( |$)", " ".join((piece.__doc__ or "").split()))
+    return said[1] if said else ""
 
 
 def paste(*pieces):
-    """An empty module with the pieces, what comes along, and what comes along with that."""
-    module, todo = types.ModuleType("pasted"), list(pieces)
+    """An empty module with the source of the pieces, of what comes along, and of what comes along
+    with that."""
+    module, todo, done = types.ModuleType("pasted"), list(pieces), []
     space = vars(module)
     space.update(BESIDE)
-    done = set()
     while todo:
         piece = todo.pop()
         if piece in done:
             continue
-        done.add(piece)
-        found, all_above = named(piece)
-        for name, thing in found.items():
-            ours = inspect.isroutine(thing) and "torch" not in thing.__module__
-            todo += [thing] if ours else []
-            space.setdefault(name, None if ours else thing)
+        done.append(piece)
+        words = comes_along(piece)
+        for name in re.findall(r"\w+", words):
+            thing = inspect.unwrap(piece).__globals__.get(name)
+            if inspect.isroutine(thing) and os.path.dirname(torch.__file__) not in file_of(thing):
+                todo.append(thing)
+            elif thing is not None:  # a constant, a class, an import
+                space[name] = thing
         source = inspect.getsource(piece)
-        if all_above:  # less the imports of our own
-            whole = inspect.getsource(inspect.getmodule(piece))
-            source = whole[: whole.index(source)] + source
+        if "all above it" in words:  # less the imports of our own
+            with open(file_of(piece)) as f:
+                source = f.read().partition(source)[0] + source
             source = re.sub(r"^from parts.*\n", "", source, flags=re.M)
         exec(source, space)
     return module
+
+
+def file_of(thing):
+    return inspect.getsourcefile(inspect.unwrap(thing))
 
 
 def compare(module, piece, *args, **options):

@@ -303,7 +303,7 @@ def recorded(model):
 
 def all_logprobs(model, r, temperature=1.0):
     """Of every next token at every place of a rollout: (T, V)."""
-    logits = model(input_ids=torch.tensor([r.input_ids])).logits[0]
+    logits = model(input_ids=torch.tensor([r.input_ids]), use_cache=False).logits[0]
     return (logits.double() / temperature).log_softmax(-1)
 
 
@@ -322,9 +322,8 @@ def made_up_rollouts(model, temperature=1.0):
         for _ in range(4):
             r = rollout(prompt, rng.integers(5, 20, rng.integers(1, 10)).tolist())
             now = response_logprobs(model, r, temperature).detach().numpy()
-            r.old_logprobs, r.initial_logprobs = (
-                (now + rng.normal(0, 0.4, len(now))).astype(np.float32) for _ in range(2)
-            )
+            noise = rng.normal(0, 0.4, (2, len(now)))
+            r.old_logprobs, r.initial_logprobs = (now + noise).astype(np.float32)
             r.advantages = np.full(len(now), rng.normal(), dtype=np.float32)
             rollouts.append(r)
     return rollouts
@@ -338,7 +337,7 @@ def naive_update(model, rollouts, cfg, count):
     """-> gradient, metrics: the definitions in loops over all responses and tokens."""
     total, sums, (below, above) = 0.0, Counter(), cfg.clip_eps
     for r in rollouts:
-        new, everything = response_logprobs(model, r, cfg.temperature), None
+        new = response_logprobs(model, r, cfg.temperature)
         everything = all_logprobs(model, r, cfg.temperature)[r.prompt_length - 1 : -1]
         for t, logprob in enumerate(new):
             a, logratio = float(r.advantages[t]), logprob - float(r.old_logprobs[t])
@@ -725,7 +724,7 @@ def assert_finished_alike(out, expected, prm):
     assert (out / "prm").exists() == prm
 
 
-def moved(a, b, names=None):
+def moved(a, b):
     """The names of those weights that two model folders do not share."""
     a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
     return {name for name in a if not torch.equal(a[name], b[name])}
@@ -822,9 +821,8 @@ def test_a_poisoned_step_is_skipped_on_all_ranks_and_counted(reference, home, tm
     assert all(a[name].isfinite().all() and torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.fixture
-def seen(monkeypatch):
-    """The rollouts of each update of the policy."""
+def updates_seen(monkeypatch):
+    """-> a list that will hold the rollouts of each update of the policy."""
     seen, update = [], rl.update_policy
 
     def patched(policy, rollouts, *rest):
@@ -859,7 +857,8 @@ def value_before_answer(prm, r):
     ],
     ids=str,
 )
-def test_one_step(options, home, tmp_path, seen):
+def test_one_step(options, home, tmp_path, monkeypatch):
+    seen = updates_seen(monkeypatch)
     cfg = rl.Config(**settings(home, tmp_path / "run", steps=1, prompts_per_step=4, **options))
     assert rl.main(cfg, ALONE)["skipped"] == 0
     row, rollouts = numbers(tmp_path / "run")[-1], seen[0]
@@ -914,8 +913,9 @@ def test_kl_term_pulls_back_to_the_initial_policy(home, tmp_path):
     assert distance(10.0) < 0.5 * distance(0.0)
 
 
-def test_fewer_questions_than_a_step_wants(home, tmp_path, seen):
+def test_fewer_questions_than_a_step_wants(home, tmp_path, monkeypatch):
     """The same question comes several times in a step, with other noise each time."""
+    seen = updates_seen(monkeypatch)
     run(home, tmp_path / "run", steps=1, prompts_per_step=4, problems=2)
     assert len(seen[0]) == 16 and len({r.prompt for r in seen[0]}) == 2
     assert len({r.text for r in seen[0]}) > 8
