@@ -75,6 +75,20 @@ class Config(TrainConfig):
 # The maths. (B, S) = trajectories by steps; mask is True on real steps, which come first in a row.
 
 
+def step_values(model, input_ids, attention_mask, step_ends):
+    """Logits (B, S) of all values in one forward, read at `step_ends` (B, S), the index of each
+    step's last token.
+
+    Rows are padded on the right. There causal attention needs no mask, and without one the fused
+    causal kernel runs; so `attention_mask` (B, T) is only looked at to refuse padding on the left
+    (ValueError). None is fine.
+    """
+    if attention_mask is not None and not bool((attention_mask[:, 0] != 0).all()):
+        raise ValueError("step_values wants rows padded on the right")
+    logits = model(input_ids=input_ids, use_cache=False).logits.squeeze(-1)  # (B, T)
+    return logits.float().gather(1, step_ends)
+
+
 def shaped_rewards(labels, mask, correct=(0.5, 0.2), wrong=(-0.5, -1.0)):
     """Step labels (B, S) in [0, 1] -> rewards (B, S), 0 outside the mask.
 
@@ -95,8 +109,8 @@ def td_targets(values, rewards, outcomes, mask, gamma=0.8, n_step=1, lam=None):
     values (B, S) are probabilities, rewards (B, S), outcomes (B,). The one-step backup replaces
     each value by r_t + gamma V_t+1 and the last by the outcome; n backups make the n-step target.
     So a window that would run past the end stops at T and bootstraps from the outcome, one that
-    ends exactly at T from V_T. With `lam`: G_t = r_t + gamma ((1 - lam) V_t+1 + lam G_t+1), G_T =
-    c.
+    ends exactly at T from V_T.
+    With `lam`: G_t = r_t + gamma ((1 - lam) V_t+1 + lam G_t+1), G_T = c.
     """
     values, mask = values.detach(), mask.bool()
     end = mask & ~F.pad(mask, (0, 1))[:, 1:]  # (B, S), True on each row's last step
@@ -123,18 +137,11 @@ def value_loss(logits, targets, weights, count):
     return (losses * weights).sum() / count
 
 
-def step_values(model, input_ids, attention_mask, step_ends):
-    """Logits (B, S) of all values in one forward, read at `step_ends` (B, S), the index of each
-    step's last token.
-
-    Rows are padded on the right. There causal attention needs no mask, and without one the fused
-    causal kernel runs; so `attention_mask` (B, T) is only looked at to refuse padding on the left
-    (ValueError). None is fine.
-    """
-    if attention_mask is not None and not bool((attention_mask[:, 0] != 0).all()):
-        raise ValueError("step_values wants rows padded on the right")
-    logits = model(input_ids=input_ids, use_cache=False).logits.squeeze(-1)  # (B, T)
-    return logits.float().gather(1, step_ends)
+def rewards_and_gamma(cfg, labels, mask, labelled):
+    """Step rewards (B, S) and discount; without step labels nothing but the outcome is known."""
+    if not labelled:
+        return torch.zeros_like(labels), 1.0
+    return shaped_rewards(labels, mask, cfg.correct, cfg.wrong), cfg.gamma
 
 
 def targets_and_weights(cfg, logits, batch, labelled):
@@ -149,12 +156,6 @@ def targets_and_weights(cfg, logits, batch, labelled):
     n_step = cfg.n_step or (3 if labelled else mask.shape[1])
     values, outcomes = logits.sigmoid(), batch["outcomes"]
     return td_targets(values, rewards, outcomes, mask, gamma, n_step, cfg.lam), mask.float()
-
-
-def rewards_and_gamma(cfg, labels, mask, labelled):
-    if not labelled:
-        return torch.zeros_like(labels), 1.0
-    return shaped_rewards(labels, mask, cfg.correct, cfg.wrong), cfg.gamma
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,7 +206,6 @@ def main(cfg, procs):
         run.log(loss=procs.sum(loss)[0], grad_norm=grad_norm, lr=lr)
         if run.evaluates:
             run.log(**evaluate(cfg, reward.score_steps(held_out, procs), held_out))
-            reward.train()
     if run.stopped:
         return None
 

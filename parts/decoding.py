@@ -318,8 +318,9 @@ def sample(
     `n` Samples for each.
 
     `stop="step"` also stops at the end of the first step. `keys` (ints) name the prompts for the
-    noise (default: their index). Raises BadInput for a prompt that does not fit the model. Comes
-    along: all above it in this file.
+    noise (default: their index). Raises BadInput for a prompt that does not fit the model.
+    Comes along: all above it in this file; STEP_END, encode_prompt and end_ids of parts/models.py;
+    BadInput of parts/formats.py.
     """
     model.eval()
     device, ends = next(model.parameters()).device, end_ids(tokenizer, model.generation_config)

@@ -44,9 +44,7 @@ class TrainConfig:
     steps: int | None = opt(None, "optimizer steps; without it: one pass over the data", low=1)
     batch_size: int = opt(64, "rows in a global batch, over all processes", low=1)
     micro_batch_size: int | None = opt(None, "rows in one forward (memory, same result)", low=1)
-    max_length: int = opt(
-        2048, "longest prompt + response in tokens; longer ones are left out", low=2
-    )
+    max_length: int = opt(2048, "longest prompt + response in tokens; others are left out", low=2)
     lr: float = opt(1e-3, "peak learning rate", low=0)
     grad_clip: float = opt(1.0, "largest gradient norm; 0: no clipping", low=0)
     dtype: str = opt("auto", "weights; auto: bfloat16 on GPUs only", choices=DTYPES)
@@ -67,8 +65,8 @@ def token_logprobs(model, input_ids, mask, temperature=1.0, at_once=2**25):
     (no gradient), where `mask` (B, T-1) is True, 0 elsewhere: input_ids (B, T) -> two (B, T-1).
 
     Only the tokens asked for go through the vocabulary projection, `at_once` logits at a time, and
-    the backward pass makes them again: the array (tokens x vocabulary) is never there whole. Comes
-    along: models.token_logits.
+    the backward pass makes them again: the array (tokens x vocabulary) is never there whole.
+    Comes along: token_logits of parts/models.py; `recompute`, torch.utils.checkpoint.checkpoint.
     """
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     hidden, targets = hidden[:, :-1][mask], input_ids[:, 1:][mask]  # (n, hidden), (n,)

@@ -1,22 +1,24 @@
-"""Which of the three papers' claims hold in miniature? `python tests/study.py [PART ...] [--seeds N] [--jobs J] [--quick]`.
+"""Which of the three papers' claims hold in miniature? `python study/study.py [PART ...] [--quick]`.
 
-    tdrm         ScalarORM, ScalarPRM and TDRM on held-out solutions: smoothness, AUROC, calibration, first error
+    tdrm         ScalarORM, ScalarPRM, TDRM on held-out solutions: smoothness, calibration, AUROC
     search       greedy search and best-of-n on 1000 held-out problems with those reward models
-    sweep        what a TDRM and a ScalarPRM depend on: targets, label noise, whose solutions, their length
-    budget       search accuracy against the tokens spent on training data, for every kind of reward model
+    sweep        what a TDRM and a ScalarPRM depend on: targets, label noise, whose solutions
+    budget       search accuracy against the tokens spent on training data, every kind of reward model
     rl           rule-only, blended and PRM-only rewards on the hard level
     prime        PRIME against outcomes only, its design choices, and controls, on the hard level
     prime-again  the row of it that won, under five other seeds (+)
     prime-short  four of its rows on the default level
-    qrm          Q-RM, ORM and DPO-RM, TDRM beside them: pairs, first wrong steps, greedy search and best-of-n
+    qrm          Q-RM, ORM and DPO-RM, TDRM beside them: pairs, first wrong steps, search
     qrm-rl       RL with a Q-RM, an ORM or a DPO-RM and no verifier, on the hard level
+    readme       only write tables and figures again
 
-Every run is a run of the project's own scripts with its own --seed, kept in runs/study and not repeated while its
-summary.json is there: a stopped study goes on where it was. All figures go to results.json, and from there into the
-README, between <!-- study:NAME --> and <!-- end -->, and into figures/. Cells are mean ± half a 95% interval (Student's
-t) over the seeds. Rows with a + (MORE) want --more: without them the study takes under two hours on two cores. `--quick`
-runs everything small, in runs/quick, and changes neither file.
+Every run is a run of the project's own scripts with its own --seed, kept in runs/study and not
+repeated while its summary.json is there: a stopped study goes on where it was. All figures go to
+study/results.json, and from there into study/README.md and study/figures (tables.py, figures.py).
+Rows with a + (tables.MORE) want --more: without them the study takes under two hours on two cores.
+`--quick` runs a few rows of everything, tiny, in runs/quick, and changes neither file.
 """
+
 import argparse
 import concurrent.futures
 import itertools
@@ -29,6 +31,7 @@ import re
 import runpy
 import sys
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -39,28 +42,21 @@ os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}  # of the runs
 sys.path.insert(0, ROOT)
 import data  # noqa: E402
 import figures  # noqa: E402
-import qrm_minimal  # noqa: E402
-import tdrm_minimal  # noqa: E402
-from plumbing import Env  # noqa: E402
-from scorers import load_scorer  # noqa: E402
+import qrm_minimal as qrm_chapter  # noqa: E402
+import tables  # noqa: E402
+import tdrm_minimal as tdrm_chapter  # noqa: E402
+from parts.rewards import load_reward_model  # noqa: E402
+from parts.runs import Processes  # noqa: E402
+from tables import MEASURES, METHODS, MORE  # noqa: E402
 
-MORE = {
-    "TDRM, lambda 0.9", "TDRM, gamma 0.6", "outcomes only, TDRM n = 3", "2 rollouts", "15% of the labels flipped",
-    "TDRM, n = 2", "TDRM, gamma 1", "8 rollouts", "8 to 14 operations",
-    "ScalarPRM blend", "TDRM blend, on-policy", "PRM-only, on-policy",
-    "rule-only, lr 3e-4", "TDRM blend, lr 3e-4", "TDRM blend, dr_grpo, lr 3e-4",
-    "double forward", "offline-trained PRM, online", "no filter", "REINFORCE, outcomes", "REINFORCE, PRIME",
-    "GRPO, outcomes", "GRPO, PRIME", "PPO, outcomes", "PPO, PRIME", "PRIME as value model", "offline PRM",
-    "control: shuffled over tokens", "control: process weight 0",
-    "PPO, Q-RM", "PPO, ORM", "PPO, DPO-RM", "Q-RM, beta 0.2", "prime-again"}
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t at 97.5%, by number of seeds
-
+HARD = "builtin-hard"
 
 # --------------------------------------------------------------------------------------------------
 # Runs.
 
+
 def execute(out, command):
-    """One run, in a process of its own whose imports are done already; what it prints goes to `out`.log."""
+    """One run, in a process whose imports are done already; what it prints goes to `out`.log."""
     os.chdir(ROOT)
     os.makedirs(os.path.dirname(out), exist_ok=True)
     log = os.open(out + ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -74,630 +70,665 @@ def execute(out, command):
             raise RuntimeError(f"{' '.join(sys.argv)} failed, see {out}.log") from None
 
 
-def run(args, commands):
-    """Run scripts, `jobs` at a time with one thread each, those without a summary.json yet: [(out, [script, option...])...]."""
-    todo = [c for c in commands if not os.path.exists(os.path.join(ROOT, c[0], "summary.json"))]
-    if not todo:
-        return
-    context = multiprocessing.get_context("forkserver")  # start-up is half of a short run
-    context.set_forkserver_preload(["transformers.models.qwen2.modeling_qwen2", "prime_minimal", "qrm_minimal"])
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, context, max_tasks_per_child=1) as pool, \
-            tqdm(total=len(todo), desc="runs") as bar:
-        runs = [pool.submit(execute, *c) for c in todo]
-        try:
-            for done in concurrent.futures.as_completed(runs):
-                done.result()
-                bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+@dataclass
+class Study:
+    """Where the runs are, and how large."""
+
+    place: str
+    seeds: int
+    jobs: int
+    more: bool  # also the rows in MORE
+    quick: bool
+    rows: list | None  # only these
+
+    def run(self, commands):
+        """{out: [script, option...]}: run what has no summary.json yet, `jobs` at a time."""
+        todo = {
+            out: c for out, c in commands.items() if not os.path.exists(at(out, "summary.json"))
+        }
+        if not todo:
+            return
+        context = multiprocessing.get_context("forkserver")  # start-up is half of a short run
+        modules = ["transformers.models.qwen2.modeling_qwen2", "prime_minimal", "qrm_minimal"]
+        context.set_forkserver_preload(modules)
+        executor = concurrent.futures.ProcessPoolExecutor
+        bar = tqdm(total=len(todo), desc="runs")
+        with executor(self.jobs, context, max_tasks_per_child=1) as pool, bar:
+            runs = [pool.submit(execute, *item) for item in todo.items()]
+            try:
+                for done in concurrent.futures.as_completed(runs):
+                    done.result()
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def choose(self, settings):
+        """Of the settings {row: options} those to run now; of a quick study the first and the last."""
+        names = list(settings)
+        if self.quick:
+            names = [names[0], names[-1]]
+        elif self.rows:
+            names = [name for name in names if name in self.rows]
+        elif not self.more:
+            names = [name for name in names if name not in MORE]
+        return {name: settings[name] for name in names}
+
+    def policy(self, level="builtin"):
+        """The built-in policy of a level, trained first."""
+        level = "builtin" if self.quick else level
+        out = self.place + "/sft" + level.removeprefix("builtin")
+        small = ["--steps", 30, "--eval_problems", 20, "--max_new_tokens", 16] if self.quick else []
+        self.run({out: ["sft_minimal.py", "--data", level, *small]})
+        return out + "/model"
+
+    def reward_models(self):
+        """Every reward model under every seed -> {(method, seed): folder}, trained first."""
+        small = ["--problems", 50] if self.quick else []
+        base = ["tdrm_minimal.py", "--model", self.policy(), "--eval_every", 0, *small]
+        outs = {(m, s): f"{self.place}/{m}-{s}" for m in METHODS for s in range(self.seeds)}
+        self.run({out: [*base, "--method", m, "--seed", s] for (m, s), out in outs.items()})
+        return outs
+
+    def rows_file(self, name, make):
+        """`make`() -> rows, as a file of trajectories, once."""
+        path, keep = f"{self.place}/{name}.jsonl", (
+            "prompt",
+            "completions",
+            "labels",
+            "answer",
+            "correct",
+        )
+        if not os.path.exists(at(path)):
+            os.makedirs(at(self.place), exist_ok=True)
+            with open(at(path + ".tmp"), "w") as f:
+                for row in make():
+                    known = {key: row[key] for key in keep if row.get(key) is not None}
+                    f.write(json.dumps(known) + "\n")
+            os.replace(at(path + ".tmp"), at(path))
+        return path
+
+    def held_out(self):
+        def make():
+            problems = data.make_problems(20 if self.quick else 1000, "test")
+            return data.make_trajectories(problems, 2, 4, seed=1)
+
+        return self.rows_file("held-out", make)
+
+    def search(self, name, folders, n, level="builtin"):
+        """One search run a seed over its reward models {key: folder}: greedy search at b = 8 and `n`
+        samples -> for each seed {(method, key, samples): accuracy}."""
+        size = ["--problems", 4, "--n", 4] if self.quick else ["--problems", 500, "--n", n]
+        base = ["search_minimal.py", "--model", self.policy(level), "--data", level]
+        base += ["--beam", 1, "--expand", 8, *size]
+        which = zlib.crc32(repr(sorted(folders[0])).encode())  # other reward models: another run
+        outs = [f"{self.place}/{name}-{which:08x}-{s}" for s in range(self.seeds)]
+        commands = {}
+        for s, out in enumerate(outs):
+            commands[out] = [*base, "--seed", s, "--prm", *folders[s].values()]
+        self.run(commands)
+        found = []
+        for out, mine in zip(outs, folders):
+            keys = {path.removesuffix("/model").split("/")[-1]: key for key, path in mine.items()}
+            accuracies = {}
+            for row in summary(out)["rows"]:
+                method, _, prm = row["method"].partition(", ")
+                accuracies[method, keys.get(prm, prm), row["n"]] = row["accuracy"]
+            found.append(accuracies)
+        return found
+
+
+def at(*names):
+    return os.path.join(ROOT, *names)
 
 
 def summary(out):
-    with open(os.path.join(ROOT, out, "summary.json")) as f:
+    with open(at(out, "summary.json")) as f:
         return json.load(f)
 
 
 def metrics(out):
-    with open(os.path.join(ROOT, out, "metrics.jsonl")) as f:
+    with open(at(out, "metrics.jsonl")) as f:
         return [json.loads(line) for line in f]
-
-
-def chosen(args, settings):
-    """Of the settings {row: options} those to run now."""
-    return {name: options for name, options in settings.items()
-            if (name in args.settings if args.settings else args.more or name not in MORE)}
 
 
 def slug(name):
     return re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def spread(numbers):
-    """-> mean, half a 95% interval over seeds."""
-    numbers = [x for x in numbers if x is not None and math.isfinite(x)]
-    if len(numbers) < 2:
-        return (numbers or [math.nan])[0], 0.0
-    return float(np.mean(numbers)), T95.get(len(numbers), 1.96) * float(np.std(numbers, ddof=1)) / len(numbers)**0.5
-
-
-def cell(numbers, digits=3):
-    mean, half = spread(numbers)
-    return "-" if math.isnan(mean) else f"{mean:.{digits}f} ± {half:.{digits}f}"
-
-
-def table(head, rows):
-    line = lambda row: "| " + " | ".join(map(str, row)) + " |"  # noqa: E731
-    rows = [[f"{row[0]} +" if row[0] in MORE else row[0], *row[1:]] for row in rows]
-    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
-
-
 # --------------------------------------------------------------------------------------------------
 # Reward models, and search with them.
 
-METHODS = ("scalar_orm", "scalar_prm", "tdrm")
-MEASURES = {"abs_delta_v": "mean abs dV", "lipschitz": "largest abs dV", "td_error_mean": "TD error",
-            "auroc_second_last": "AUROC, second-last", "auroc_middle": "AUROC, middle",
-            "calibration_error": "calibration error", "first_error_f1": "first-error F1"}
 
-
-def policy(args, level="builtin"):
-    out = args.place + "/sft" + level.removeprefix("builtin")
-    run(args, [(out, ["sft_minimal.py", "--data", level, *(["--steps", "30", "--eval_problems", "50"] if args.quick else [])])])
-    return out + "/model"
-
-
-def reward_models(args):
-    """Train every reward model under every seed -> {(method, seed): folder}."""
-    model = policy(args)
-    small = ["--problems", "300"] if args.quick else []
-    folders = {(m, s): f"{args.place}/{m}-{s}" for m in METHODS for s in range(args.seeds)}
-    run(args, [(out, ["tdrm_minimal.py", "--model", model, "--method", m, "--seed", str(s), "--eval_every", "0", *small])
-               for (m, s), out in folders.items()])
-    return folders
+def tdrm(study):
+    folders, results = study.reward_models(), {}
+    for m in METHODS:
+        found = [summary(folders[m, s]) for s in range(study.seeds)]
+        results[m] = {key: [one[key] for one in found] for key in MEASURES}
+    # Value traces and TD errors by step, all on the same held-out solutions.
+    problems = data.make_problems(60 if study.quick else 500, "test")
+    rows, errors, traces = data.make_trajectories(problems, 2, 4, seed=1), {}, {}
+    for m, s in itertools.product(("ScalarPRM", "TDRM"), range(study.seeds)):
+        examples, values, _ = step_values(folders[m, s] + "/model", rows)
+        traces.setdefault(m, values)  # of the first seed
+        by_step = errors.setdefault(m, {})
+        for t, error in td_errors(examples, values):
+            by_step.setdefault(t, []).append(error)
+    results["td_error_by_step"] = {m: quantiles(by_step) for m, by_step in errors.items()}
+    results["traces"] = []
+    for title, i in tdrm_chapter.choose_three(examples):
+        values = {m: [round(x, 3) for x in traces[m][i]] for m in traces}
+        trace = {"title": title, "first_error": examples[i].first_error, "values": values}
+        results["traces"].append(trace)
+    return results
 
 
 def step_values(folder, rows):
-    """-> the rows as examples, and a reward model's values of all their steps."""
-    tokenizer = data.load_tokenizer(os.path.join(ROOT, folder))
-    model = load_scorer(os.path.join(ROOT, folder), torch.float32, tdrm_minimal.load_reward_model)
-    examples = data.encode_rows(rows, tokenizer, 2048)[0]
-    return examples, tdrm_minimal.score_rows(model, examples, tokenizer.pad_token_id, Env())
+    """-> the rows as Examples, a reward model's values of all their steps, its kind."""
+    reward = load_reward_model(at(folder), torch.float32)
+    examples, _ = data.encode_rows(rows, reward.encode, 2048)
+    return examples, reward.score_steps(examples, Processes()), reward.kind
 
 
-def tdrm(args):
-    folders, seeds = reward_models(args), range(args.seeds)
-    results = {m: {key: [summary(folders[m, s])[key] for s in seeds] for key in MEASURES} for m in METHODS}
-    # value traces and TD errors by step, on the same held-out solutions
-    rows = data.make_trajectories(data.make_problems(60 if args.quick else 500, "test"), 2, 4, seed=1)
-    cfg, errors, values = tdrm_minimal.Config(), {}, {}
-    for m, s in itertools.product(("scalar_prm", "tdrm"), seeds):
-        examples, found = step_values(folders[m, s] + "/model", rows)
-        values.setdefault(m, found)  # of the first seed
-        for e, v in zip(examples, found):
-            labels, mask = torch.tensor([e["labels"]]), torch.ones(1, len(v))
-            r = tdrm_minimal.shaped_rewards(labels, mask, cfg.correct, cfg.wrong)[0].tolist()
-            for t in range(len(v) - 1):
-                errors.setdefault(m, {}).setdefault(t, []).append(abs(r[t] + cfg.gamma * v[t + 1] - v[t]))
-    results["td_error_by_step"] = {m: [np.quantile(e[t], (0.05, 0.25, 0.5, 0.75, 0.95)).round(3).tolist() for t in sorted(e)]
-                                   for m, e in errors.items()}
-    results["traces"] = [{"title": title, "first_error": rows[i]["first_error"],
-                          "values": {m: [round(x, 3) for x in values[m][i]] for m in values}}
-                         for title, i in tdrm_minimal.choose_three(examples)]
+def td_errors(examples, values):
+    """Yield (t, |r_t + gamma V_t+1 - V_t|) of every step but the last."""
+    cfg = tdrm_chapter.Config()
+    for e, v in zip(examples, values):
+        labels, mask = torch.tensor([e.labels]), torch.ones(1, len(v))
+        rewards = tdrm_chapter.shaped_rewards(labels, mask, cfg.correct, cfg.wrong)[0].tolist()
+        for t in range(len(v) - 1):
+            yield t, abs(rewards[t] + cfg.gamma * v[t + 1] - v[t])
+
+
+def quantiles(by_step):
+    levels = (0.05, 0.25, 0.5, 0.75, 0.95)
+    return [np.quantile(by_step[t], levels).round(3).tolist() for t in sorted(by_step)]
+
+
+def search(study):
+    folders, branches = study.reward_models(), [2] if study.quick else [2, 4, 8, 16]
+    size = ["--problems", 8, "--n", 8] if study.quick else ["--problems", 1000, "--n", 64]
+    base = [
+        "search_minimal.py",
+        "--model",
+        study.policy(),
+        "--beam",
+        1,
+        *size,
+        "--expand",
+        *branches,
+    ]
+    commands = {}
+    for s in range(study.seeds):
+        prms = [f"{folders[m, s]}/model" for m in METHODS]
+        commands[f"{study.place}/search-{s}"] = [*base, "--seed", s, "--prm", *prms]
+    study.run(commands)
+    results = {}
+    for out in commands:
+        for row in summary(out)["rows"]:
+            method = re.sub(r"-\d+$", "", row["method"])  # TDRM-0 is TDRM under seed 0
+            results.setdefault(f"{method} @ {row['n']}", []).append(row["accuracy"])
     return results
-
-
-def tdrm_tables(results):
-    yield "tdrm", table(["method", *MEASURES.values()], [[m, *[cell(results[m][key]) for key in MEASURES]] for m in METHODS])
-
-
-def search(args):
-    folders = reward_models(args)
-    outs = [f"{args.place}/search-{s}" for s in range(args.seeds)]
-    size = ["--problems", "20", "--n", "8", "--expand", "2", "4"] if args.quick else \
-        ["--problems", "1000", "--n", "64", "--expand", "2", "4", "8", "16"]
-    run(args, [(out, ["search_minimal.py", "--model", policy(args), "--beam", "1", "--seed", str(s), *size, "--prm",
-                      *[f"{folders[m, s]}/model" for m in METHODS]]) for s, out in enumerate(outs)])
-    rows = [{(re.sub(r"-\d+$", "", r["method"]), r["n"]): r["accuracy"] for r in summary(out)["rows"]} for out in outs]
-    return {f"{m} @ {n}": [row[m, n] for row in rows] for m, n in rows[0]}
-
-
-def search_tables(results):
-    for name, title, keys in (("greedy-search", "greedy search, b =", [("greedy search {}, {} @ 1", b) for b in (2, 4, 8, 16)]),
-                              ("best-of-n", "best-of-n, n =", [("best-of-n, {1} @ {0}", n) for n in (4, 8, 16, 32, 64)])):
-        yield name, table([title, *[str(n) for _, n in keys]],
-                          [[m, *[cell(results.get(key.format(n, m), [])) for key, n in keys]] for m in METHODS])
 
 
 # --------------------------------------------------------------------------------------------------
-# What the reward models depend on. All trained on 32,000 trajectories (half the default), unless it says otherwise.
+# What the reward models depend on. All learn from 32,000 trajectories (half the default), unless it
+# says otherwise.
 
-TARGETS = {"ScalarPRM": ["--method", "scalar_prm"],
-           "TDRM, n = 1": ["--n_step", "1"], "TDRM, n = 2": ["--n_step", "2"], "TDRM, n = 3": [],
-           "TDRM, lambda 0.9": ["--lam", "0.9"], "TDRM, lambda 1": ["--lam", "1"],
-           "TDRM, gamma 0.6": ["--gamma", "0.6"], "TDRM, gamma 1": ["--gamma", "1"],
-           "TDRM, rewards +-0.5 constant": ["--correct", "0.5", "0.5", "--wrong", "-0.5", "-0.5"],
-           "TDRM, no step rewards": ["--correct", "0", "0", "--wrong", "0", "0", "--gamma", "1"],
-           "outcomes only, TDRM n = 3": ["--label_rollouts", "0", "--n_step", "3"],
-           "outcomes only, TDRM n = T": ["--label_rollouts", "0"]}
-CONDITIONS = {"1 rollout a label": ["--label_rollouts", "1"], "2 rollouts": ["--label_rollouts", "2"], "4 rollouts": [],
-              "8 rollouts": ["--label_rollouts", "8"], "15% of the labels flipped": "flip0.15", "30% flipped": "flip0.3",
-              "another student's solutions": "other", "8 to 14 operations": "builtin-hard"}
-
-
-def write_rows(args, name, make):
-    """`make`() -> rows, as a file of trajectories, once."""
-    path = f"{args.place}/{name}.jsonl"
-    if not os.path.exists(os.path.join(ROOT, path)):
-        os.makedirs(os.path.join(ROOT, args.place), exist_ok=True)
-        with open(os.path.join(ROOT, path + ".tmp"), "w") as f:
-            keep = ("prompt", "completions", "labels", "answer", "correct")
-            f.writelines(json.dumps({key: row[key] for key in keep if row.get(key) is not None}) + "\n" for row in make())
-        os.replace(os.path.join(ROOT, path + ".tmp"), os.path.join(ROOT, path))
-    return path
-
-
-def held_out(args):
-    return write_rows(args, "held-out", lambda: data.make_trajectories(data.make_problems(1000, "test"), 2, 4, seed=1))
+TARGETS = {
+    "ScalarPRM": ["--method", "ScalarPRM"],
+    "TDRM, n = 1": ["--n_step", 1],
+    "TDRM, n = 2": ["--n_step", 2],
+    "TDRM, n = 3": [],
+    "TDRM, lambda 0.9": ["--lam", 0.9],
+    "TDRM, lambda 1": ["--lam", 1],
+    "TDRM, gamma 0.6": ["--gamma", 0.6],
+    "TDRM, gamma 1": ["--gamma", 1],
+    "TDRM, rewards +-0.5 constant": ["--correct", 0.5, 0.5, "--wrong", -0.5, -0.5],
+    "TDRM, no step rewards": ["--correct", 0, 0, "--wrong", 0, 0, "--gamma", 1],
+    "outcomes only, TDRM n = 3": ["--label_rollouts", 0, "--n_step", 3],
+    "outcomes only, TDRM n = T": ["--label_rollouts", 0],
+}
+CONDITIONS = {  # options; or whose solutions, with which share of their labels flipped
+    "1 rollout a label": ["--label_rollouts", 1],
+    "2 rollouts": ["--label_rollouts", 2],
+    "8 rollouts": ["--label_rollouts", 8],
+    "15% of the labels flipped": ("builtin", 0.15),
+    "30% flipped": ("builtin", 0.3),
+    "another student's solutions": (HARD, 0),
+    "8 to 14 operations": ["--data", HARD],
+}
 
 
-def solutions(args, kind, seed):
-    """Options for training on solutions with flipped labels, or of a student whose habits the policy does not have."""
-    def make():
-        problems = data.make_problems(200 if args.quick else 8000, "train", seed)
-        rows = data.make_trajectories(problems, 4, 4, seed=seed, level="builtin-hard" if kind == "other" else "builtin")
-        rng = random.Random(seed)
-        for row in rows if kind != "other" else []:
-            row["labels"][:-1] = [1 - x if rng.random() < float(kind.removeprefix("flip")) else x for x in row["labels"][:-1]]
-        return rows
-    return ["--data", write_rows(args, f"{kind}-{seed}", make), "--eval", held_out(args)]
-
-
-def search_with(args, name, folders, n, level="builtin"):
-    """One search run a seed over its reward models {key: folder}; greedy search at b = 8 and n samples
-    -> for each seed {(method, key, samples): accuracy}."""
-    size = ["--problems", "10", "--n", "4"] if args.quick else ["--problems", "500", "--n", str(n)]
-    which = zlib.crc32(repr(sorted(folders[0])).encode())  # a run over other reward models is another run
-    outs = [f"{args.place}/{name}-{which:08x}-{s}" for s in range(args.seeds)]
-    run(args, [(out, ["search_minimal.py", "--model", policy(args, level), "--data", level, "--beam", "1", "--expand", "8",
-                      "--seed", str(s), *size, "--prm", *folders[s].values()]) for s, out in enumerate(outs)])
-    found = []
-    for s, out in enumerate(outs):
-        keys = {re.sub("/model$", "", folder).split("/")[-1]: key for key, folder in folders[s].items()}
-        rows = [(*row["method"].partition(", ")[::2], row["n"], row["accuracy"]) for row in summary(out)["rows"]]
-        found.append({(method, keys.get(prm, prm), count): accuracy for method, prm, count, accuracy in rows})
-    return found
-
-
-def sweep(args):
-    """Every setting under every seed: its measures, and greedy search (b = 8) and best-of-16 with it."""
-    settings = {(name, ""): options for name, options in chosen(args, TARGETS).items()}
-    settings |= {(name, method): options for name, options in chosen(args, CONDITIONS).items() if options
-                 for method in ("scalar_prm", "tdrm")}
-    settings = {key: settings[key] for key in list(settings)[::5]} if args.quick else settings
-    level = lambda options: options if options == "builtin-hard" else "builtin"  # noqa: E731
-    outs, commands = {}, []
-    for s in range(args.seeds):
-        for (name, method), options in settings.items():
-            out = outs[name, method, s] = f"{args.place}/sweep-{slug(name + ' ' + method)}-{s}"
-            model = policy(args, level(options))
-            if isinstance(options, str):
-                options = solutions(args, options, s) if level(options) == "builtin" else ["--data", options]
-            commands.append((out, ["tdrm_minimal.py", "--model", model, "--seed", str(s), "--eval_every", "0",
-                                   "--problems", "200" if args.quick else "8000",
-                                   *(["--method", method] if method else []), *options]))
-    run(args, commands)
+def sweep(study):
+    """Every setting under every seed: its measures, and greedy search (b = 8) and best-of-16."""
+    settings = {(name, ""): options for name, options in study.choose(TARGETS).items()}
+    for name, options in study.choose(CONDITIONS).items():
+        settings |= {(name, method): options for method in ("ScalarPRM", "TDRM")}
+    outs, commands = {}, {}
+    for s, (key, options) in itertools.product(range(study.seeds), settings.items()):
+        out = outs[key, s] = f"{study.place}/sweep-{slug(' '.join(key))}-{s}"
+        method = ["--method", key[1]] if key[1] else []
+        if isinstance(options, tuple):
+            options = ["--data", solutions(study, *options, s), "--eval", study.held_out()]
+        model, problems = study.policy(level_of(options)), 50 if study.quick else 8000
+        base = ["tdrm_minimal.py", "--model", model, "--seed", s, "--eval_every", 0]
+        commands[out] = [*base, "--problems", problems, *method, *options]
+    study.run(commands)
     results = {}
-    for wanted in data.LEVELS:
-        keys = [key for key, options in settings.items() if level(options) == wanted]
-        folders = [{key: outs[*key, s] + "/model" for key in keys} for s in range(args.seeds)]
-        for s, found in enumerate(search_with(args, "sweep-search", folders, 16, wanted) if keys else ()):
+    for level in data.LEVELS:
+        keys = [key for key, options in settings.items() if level_of(options) == level]
+        if not keys:
+            continue
+        folders = [{key: outs[key, s] + "/model" for key in keys} for s in range(study.seeds)]
+        for s, found in enumerate(study.search("sweep-search", folders, 16, level)):
             for key in keys:
-                row = results.setdefault("|".join(key), {measure: [] for measure in ("greedy", "best-of-n", *MEASURES)})
-                row["greedy"].append(found["greedy search 8", key, 1])
-                row["best-of-n"].append(found["best-of-n", key, 4 if args.quick else 16])
-                for measure in MEASURES:
-                    row[measure].append(summary(outs[*key, s]).get(measure))
+                row = results.setdefault("|".join(key), {})
+                numbers = {measure: summary(outs[key, s]).get(measure) for measure in MEASURES}
+                numbers["greedy"] = found["greedy search 8", key, 1]
+                numbers["best-of-n"] = found["best-of-n", key, 4 if study.quick else 16]
+                for name, number in numbers.items():
+                    row.setdefault(name, []).append(number)
     return results
 
 
-def sweep_tables(results):
-    some = ("abs_delta_v", "lipschitz", "auroc_second_last", "calibration_error")
-    keys = {"greedy": "greedy search, b = 8", "best-of-n": "best-of-16"} | {key: MEASURES[key] for key in some}
-    base = results.get("ScalarPRM|", {}).get("greedy")
-    less = lambda a, b: cell([x - y for x, y in zip(a, b)]) if a and b else ""  # noqa: E731
-    yield "targets", table(["targets", *keys.values(), "greedy minus ScalarPRM's"], [
-        [name, *[cell(results[name + "|"][key]) for key in keys], less(results[name + "|"]["greedy"], base)]
-        for name in TARGETS if name + "|" in results])
-    pair = {name: [results.get(f"{name}|{m}") for m in ("scalar_prm", "tdrm")] for name in CONDITIONS}
-    pair["4 rollouts"] = [results.get("ScalarPRM|"), results.get("TDRM, n = 3|")]
-    yield "conditions", table(
-        ["step labels", "ScalarPRM, greedy", "TDRM, greedy", "TDRM minus ScalarPRM", "ScalarPRM, abs dV", "TDRM, abs dV"],
-        [[name, cell(a["greedy"]), cell(b["greedy"]), less(b["greedy"], a["greedy"]), cell(a["abs_delta_v"]),
-          cell(b["abs_delta_v"])] for name, (a, b) in pair.items() if a and b])
+def level_of(options):
+    return HARD if HARD in options and isinstance(options, list) else "builtin"
+
+
+def solutions(study, level, flip, seed):
+    """File of solutions to train on: of the student whose habits the policy has, with some labels
+    flipped, or of the student of the other level."""
+
+    def make():
+        problems = data.make_problems(50 if study.quick else 8000, "train", seed)
+        rows, rng = data.make_trajectories(problems, 4, 4, seed=seed, level=level), random.Random(
+            seed
+        )
+        for row in rows if flip else []:
+            *steps, last = row["labels"]
+            row["labels"] = [1 - x if rng.random() < flip else x for x in steps] + [last]
+        return rows
+
+    return study.rows_file(f"flip{flip}-{seed}" if flip else f"other-{seed}", make)
 
 
 # --------------------------------------------------------------------------------------------------
 # With a labelling budget, which reward model should I train?
 
-BUDGETS = (100_000, 400_000, 1_600_000)  # tokens sampled to make the training data, labels included
-LEARNERS = {"ScalarPRM, step labels": ("steps", "tdrm", ["--method", "scalar_prm"]),
-            "TDRM, step labels": ("steps", "tdrm", []),
-            "TDRM, outcomes": ("outcomes", "tdrm", []),
-            "ScalarORM, outcomes": ("outcomes", "tdrm", ["--method", "scalar_orm"]),
-            "implicit PRM (DPO), outcomes": ("outcomes", "qrm", ["--method", "dpo_rm"]),
-            "Q-RM, outcomes": ("outcomes", "qrm", ["--method", "qrm"])}
+BUDGETS = (100_000, 400_000, 1_600_000)  # tokens sampled to make the data, labels included
+LEARNERS = {  # what is bought, which script learns from it
+    "ScalarPRM, step labels": ("steps", "tdrm", "ScalarPRM"),
+    "TDRM, step labels": ("steps", "tdrm", "TDRM"),
+    "TDRM, outcomes": ("outcomes", "tdrm", "TDRM"),
+    "ScalarORM, outcomes": ("outcomes", "tdrm", "ScalarORM"),
+    "DPO-RM, outcomes": ("outcomes", "qrm", "DPO-RM"),
+    "Q-RM, outcomes": ("outcomes", "qrm", "Q-RM"),
+}
 
 
 def spend(budget, kind, seed):
-    """Solutions bought with `budget` tokens -> rows. Of "outcomes" a row costs its own tokens; of "steps", also those of
-    the 4 rollouts from each of its prefixes. Every token of a built-in step is one character, its blank line one more."""
-    questions, spent, rows = iter(data.make_problems(40_000, "train", seed)), 0, []
-    length = lambda row: sum(len(step) + 1 for step in row["completions"]) - 6  # noqa: E731  \boxed{ is one token
-    while spent < budget:
-        problem = next(questions)
-        for row in data.make_trajectories([problem], 8 if kind == "outcomes" else 4, 4 if kind == "steps" else 0,
-                                          seed=f"{seed} {problem['question']}"):
-            rest = np.cumsum([len(step) + 1 for step in reversed(row["completions"])])[:-1] - 6  # after each prefix
-            spent += length(row) + (4 * int(rest.sum()) if kind == "steps" else 0)
+    """Solutions bought with `budget` tokens -> rows. Of "outcomes" a row costs its own tokens; of
+    "steps", also those of the 4 rollouts from each of its prefixes. Every token of a built-in step is
+    one character, its blank line one more; \\boxed{ is one token."""
+    samples, rollouts = (8, 0) if kind == "outcomes" else (4, 4)
+    spent, rows = 0, []
+    for problem in data.make_problems(40_000, "train", seed):
+        noise = f"{seed} {problem['question']}"
+        for row in data.make_trajectories([problem], samples, rollouts, seed=noise):
+            lengths = [len(step) + 1 for step in reversed(row["completions"])]
+            after = np.cumsum(lengths) - 6  # tokens behind each prefix, the last behind none
+            spent += int(after[-1]) + rollouts * int(after[:-1].sum())
             rows.append(row)
-    return rows
+        if spent >= budget:
+            return rows
 
 
-def budget(args):
+def budget(study):
     """Each learner at each budget: greedy search (b = 8) and best-of-16."""
-    budgets = [b // 100 for b in BUDGETS[:2]] if args.quick else BUDGETS
-    outs, commands = {}, []
-    for s, b, kind in itertools.product(range(args.seeds), budgets, ("steps", "outcomes")):
-        path = write_rows(args, f"{kind}-{b}-{s}", lambda: spend(b, kind, s))
-        with open(os.path.join(ROOT, path)) as f:
+    budgets, learners = [1000] if study.quick else BUDGETS, LEARNERS
+    if study.quick:
+        learners = study.choose(LEARNERS)
+    outs, commands = {}, {}
+    for s, b, (name, learner) in itertools.product(range(study.seeds), budgets, learners.items()):
+        kind, script, method = learner
+        path = study.rows_file(f"{kind}-{b}-{s}", lambda: spend(b, kind, s))
+        with open(at(path)) as f:
             rows = sum(1 for _ in f)
-        for name, (wanted, script, options) in LEARNERS.items():
-            if wanted != kind:
-                continue
-            out = outs[name, b, s] = f"{args.place}/budget-{slug(name)}-{b}-{s}"
-            if script == "tdrm":  # at most four passes, and half as many steps as by default
-                options = ["--data", path, "--eval", held_out(args), *options]
-                steps = min(500, 4 * rows // 64)
-            else:
-                options, steps = ["--pairs_from", path, *options], min(250, 2 * rows // 64)
-            commands.append((out, [f"{script}_minimal.py", "--model", policy(args), "--eval_every", "0", "--seed", str(s),
-                                   "--steps", "4" if args.quick else str(max(50, steps)), *options]))
-    run(args, commands)
-    results = {name: {str(b): {"greedy": [], "best-of-n": []} for b in budgets} for name in LEARNERS}
-    folders = [{key[:2]: f"{out}/model" for key, out in outs.items() if key[2] == s} for s in range(args.seeds)]
-    for found in search_with(args, "budget-search", folders, 16):
-        for name, b in itertools.product(LEARNERS, budgets):
-            results[name][str(b)]["greedy"].append(found["greedy search 8", (name, b), 1])
-            results[name][str(b)]["best-of-n"].append(found["best-of-n", (name, b), 4 if args.quick else 16])
+        if script == "tdrm":  # at most four passes, and half as many steps as by default
+            steps, source = min(500, 4 * rows // 64), ["--data", path, "--eval", study.held_out()]
+        else:
+            steps, source = min(250, 2 * rows // 64), ["--pairs_from", path]
+        steps = 4 if study.quick else max(50, steps)
+        out = outs[name, b, s] = f"{study.place}/budget-{slug(name)}-{b}-{s}"
+        base = [f"{script}_minimal.py", "--model", study.policy(), "--eval_every", 0, "--seed", s]
+        commands[out] = [*base, "--steps", steps, *source, "--method", method]
+    study.run(commands)
+    folders = [
+        {key[:2]: f"{outs[key]}/model" for key in outs if key[2] == s} for s in range(study.seeds)
+    ]
+    results, n = {}, 4 if study.quick else 16
+    for found in study.search("budget-search", folders, 16):
+        for name, b in itertools.product(learners, budgets):
+            row = results.setdefault(name, {}).setdefault(str(b), {"greedy": [], "best-of-n": []})
+            row["greedy"].append(found["greedy search 8", (name, b), 1])
+            row["best-of-n"].append(found["best-of-n", (name, b), n])
     return results
-
-
-def budget_tables(results):
-    budgets = list(next(iter(results.values())))
-    for what, title in (("greedy", "greedy search, b = 8"), ("best-of-n", "best-of-16")):
-        yield f"budget-{what}", table([title + "; tokens spent on data:", *[f"{int(b):,}" for b in budgets]],
-                                      [[name, *[cell(results[name][b][what]) for b in budgets]] for name in results])
 
 
 # --------------------------------------------------------------------------------------------------
 # Reinforcement learning.
 
-QUIET = ["--show_every", "0", "--save_every", "0"]
-COMMON = ["--prompts_per_step", "16", "--eval_problems", "300", "--lr", "2e-4", "--no-decay", *QUIET]
-LIMITS = ["--data", "builtin-hard", "--problems", "500", "--steps", "60", "--eval_every", "15", "--max_new_tokens", "100", *COMMON]
-SMALL = ["--data", "builtin-hard", "--problems", "40", "--prompts_per_step", "2", "--group_size", "4", "--steps", "2",
-         "--eval_every", "0", "--eval_problems", "8", *QUIET]
+COMMON = [
+    "--prompts_per_step",
+    16,
+    "--eval_problems",
+    300,
+    "--lr",
+    2e-4,
+    "--no-decay",
+    "--save_every",
+    0,
+]
+LIMITS = ["--data", HARD, "--problems", 500, "--steps", 60, "--eval_every", 15, *COMMON]
+LIMITS += ["--max_new_tokens", 100]
+TINY = [
+    "--problems",
+    20,
+    "--prompts_per_step",
+    2,
+    "--group_size",
+    4,
+    "--steps",
+    2,
+    "--save_every",
+    0,
+]
+TINY += ["--eval_every", 0, "--eval_problems", 4, "--max_new_tokens", 12]
 
-RL = {"rule-only": ["--alpha", "1"],
-      "rule-only, dr_grpo": ["--alpha", "1", "--estimator", "dr_grpo"],
-      "ScalarPRM blend": ["--prm", "scalar_prm"],
-      "TDRM blend": ["--prm", "tdrm"],
-      "TDRM blend, on-policy": ["--prm", "tdrm", "--prm_lr", "3e-4"],
-      "TDRM blend, dr_grpo": ["--prm", "tdrm", "--estimator", "dr_grpo"],
-      "PRM-only": ["--prm", "tdrm", "--alpha", "0"],
-      "PRM-only, on-policy": ["--prm", "tdrm", "--alpha", "0", "--prm_lr", "3e-4"],
-      "rule-only, lr 3e-4": ["--alpha", "1", "--lr", "3e-4"],
-      "TDRM blend, lr 3e-4": ["--prm", "tdrm", "--lr", "3e-4"],
-      "TDRM blend, dr_grpo, lr 3e-4": ["--prm", "tdrm", "--estimator", "dr_grpo", "--lr", "3e-4"]}
+RL = {
+    "rule-only": ["--alpha", 1],
+    "rule-only, dr_grpo": ["--alpha", 1, "--estimator", "dr_grpo"],
+    "ScalarPRM blend": ["--prm", "ScalarPRM"],
+    "TDRM blend": ["--prm", "TDRM"],
+    "TDRM blend, on-policy": ["--prm", "TDRM", "--prm_lr", 3e-4],
+    "TDRM blend, dr_grpo": ["--prm", "TDRM", "--estimator", "dr_grpo"],
+    "PRM-only": ["--prm", "TDRM", "--alpha", 0],
+    "PRM-only, on-policy": ["--prm", "TDRM", "--alpha", 0, "--prm_lr", 3e-4],
+    "rule-only, lr 3e-4": ["--alpha", 1, "--lr", 3e-4],
+    "TDRM blend, lr 3e-4": ["--prm", "TDRM", "--lr", 3e-4],
+    "TDRM blend, dr_grpo, lr 3e-4": ["--prm", "TDRM", "--estimator", "dr_grpo", "--lr", 3e-4],
+}
 
-OFF = ["--prm", "none"]
-SOME = ["--accuracy", "0.1", "0.9"]  # of 8 responses, one right is already something to learn from
-PRIME = {"outcomes only": OFF,
-         "PRIME": [],
-         "double forward": ["--update", "before"],
-         "offline PRM": ["--update", "none", "--prm", "offline"],  # trained on the initial policy's samples
-         "offline-trained PRM, online": ["--prm", "offline"],
-         "policy reference": ["--reference", "policy"],
-         "policy reference, offline-trained PRM, online": ["--reference", "policy", "--prm", "offline"],
-         "no filter": ["--accuracy", "0", "1"],
-         "REINFORCE, outcomes": ["--estimator", "reinforce", *OFF], "REINFORCE, PRIME": ["--estimator", "reinforce"],
-         "GRPO, outcomes": ["--estimator", "grpo", *OFF], "GRPO, PRIME": ["--estimator", "grpo"],
-         "PPO, outcomes": ["--estimator", "ppo", *OFF], "PPO, PRIME": ["--estimator", "ppo"],
-         "PRIME as value model": ["--estimator", "value"],
-         "control: shuffled over tokens": ["--shuffle_process"],
-         "control: policy reference, offline-trained PRM, shuffled":
-             ["--reference", "policy", "--prm", "offline", "--shuffle_process"],
-         "control: process weight 0": ["--process_weight", "0"]}
+OFF, OFFLINE, POLICY = ["--prm", "none"], ["--prm", "offline"], ["--reference", "policy"]
+SOME = ["--accuracy", 0.1, 0.9]  # of 8 responses, one right is already something to learn from
+PRIME = {  # "offline": a PRM trained on the initial policy's samples
+    "outcomes only": OFF,
+    "PRIME": [],
+    "double forward": ["--update", "before"],
+    "offline PRM": ["--update", "none", *OFFLINE],
+    "offline-trained PRM, online": OFFLINE,
+    "policy reference": POLICY,
+    "policy reference, offline-trained PRM, online": [*POLICY, *OFFLINE],
+    "no filter": ["--accuracy", 0, 1],
+    "REINFORCE, outcomes": ["--estimator", "reinforce", *OFF],
+    "REINFORCE, PRIME": ["--estimator", "reinforce"],
+    "GRPO, outcomes": ["--estimator", "grpo", *OFF],
+    "GRPO, PRIME": ["--estimator", "grpo"],
+    "PPO, outcomes": ["--estimator", "ppo", *OFF],
+    "PPO, PRIME": ["--estimator", "ppo"],
+    "PRIME as value model": ["--estimator", "value"],
+    "control: shuffled over tokens": ["--shuffle_process"],
+    "control: policy reference, offline-trained PRM, shuffled": [
+        *POLICY,
+        *OFFLINE,
+        "--shuffle_process",
+    ],
+    "control: process weight 0": ["--process_weight", 0],
+}
+AGAIN = ("outcomes only", "policy reference, offline-trained PRM, online")
+AGAIN += ("control: policy reference, offline-trained PRM, shuffled",)
+SHORT = {  # "another": the PRM that PRIME has trained under another seed
+    "outcomes only": OFF,
+    "PRIME": [],
+    "policy reference": POLICY,
+    "policy reference, another seed's PRM": [*POLICY, "--prm", "another"],
+}
 
 
-def curves(args, script, settings, prefix, first_seed=0, first=()):
-    """Runs of an RL script on the hard level under every setting and seed -> {setting: {"curve": of each seed, and means
-    over ten steps of what the run's metrics have: key: of each seed}}. `first`: runs whose folders some settings name."""
-    size, model, settings = SMALL if args.quick else LIMITS, policy(args, "builtin-hard"), chosen(args, settings)
-    settings = dict(list(settings.items())[:4]) if args.quick else settings
-    seeds = range(first_seed, first_seed + args.seeds)
-    outs = {(name, s): f"{args.place}/{prefix}-{slug(name)}-{s}" for s in seeds for name in settings}
-    commands = [(out, [script, "--model", model, *size, "--seed", str(s), *settings[name]]) for (name, s), out in outs.items()]
-    waits = lambda options: any(o.startswith(out) for o in options for out, _ in first)  # noqa: E731
-    run(args, [*first, *(c for c in commands if not waits(c[1]))])
-    run(args, commands)
-    results = {}
-    for name in settings:
-        folders = [outs[name, s] for s in seeds]
-        results[name] = {"curve": [curve(out) for out in folders]}
-        steps = [metrics(out)[1:] for out in folders]  # the first row is the evaluation before training
-        for key in ("verifiable", "pair_accuracy", "prm_auroc", "truncated"):
-            if any(key in row for row in steps[0]):
+def curves(study, script, settings, prefix, seeds=None):
+    """Runs of an RL script on the hard level under every setting and seed -> {setting: {"curve": of
+    each seed, and by_tens of what its metrics have}}."""
+    size, seeds, results = TINY if study.quick else LIMITS, seeds or range(study.seeds), {}
+    base, outs = [script, "--model", study.policy(HARD), *size], {}
+    for s, (name, options) in itertools.product(seeds, study.choose(settings).items()):
+        out = f"{study.place}/{prefix}-{slug(name)}-{s}"
+        outs.setdefault(name, {})[out] = [*base, "--seed", s, *options]
+    study.run({out: command for runs in outs.values() for out, command in runs.items()})
+    for name, runs in outs.items():
+        results[name] = {"curve": [curve(out) for out in runs]}
+        steps = [metrics(out)[1:] for out in runs]  # the first row is the evaluation at the start
+        for key in ("correct", "pair_accuracy", "prm_auroc", "truncated"):
+            if key in steps[0][0]:
                 results[name][key] = [by_tens(rows, key) for rows in steps]
     return results
 
 
 def curve(out):
     """[[questions seen, pass@1, greedy]...] of a run."""
-    rows = metrics(out)
-    rows = [row for row in rows if "pass@1" in row] + [summary(out) | {"questions": rows[-1]["questions"]}]
-    return [[row.get("questions", 0), row["pass@1"], row["greedy"]] for row in rows]
+    with open(at(out, "config.json")) as f:
+        a_step = json.load(f)["prompts_per_step"]
+    rows = [row for row in metrics(out) if "pass@1" in row]
+    rows.append(summary(out) | {"step": metrics(out)[-1]["step"]})
+    return [[row["step"] * a_step, row["pass@1"], row["greedy"]] for row in rows]
 
 
 def by_tens(steps, key):
     """Means of a metric over ten steps each; steps without it are left out."""
-    tens = [[row[key] for row in steps[i:i + 10] if row.get(key) is not None] for i in range(0, len(steps), 10)]
-    return [round(float(np.mean(ten)), 4) if ten else math.nan for ten in tens]
+    means = []
+    for i in range(0, len(steps), 10):
+        ten = [row[key] for row in steps[i : i + 10] if row.get(key) is not None]
+        means.append(round(float(np.mean(ten)), 4) if ten else math.nan)
+    return means
 
 
-def rl(args):
-    model, small = policy(args, "builtin-hard"), ["--problems", "300"] if args.quick else []
-    paths = {m: f"{args.place}/{m}-hard/model" for m in ("tdrm", "scalar_prm")}
-    run(args, [(f"{args.place}/{m}-hard", ["tdrm_minimal.py", "--model", model, "--data", "builtin-hard", "--method", m,
-                                           "--eval_every", "0", *small]) for m in paths])
-    return curves(args, "rl_minimal.py", {name: [paths.get(o, o) for o in options] for name, options in RL.items()}, "rl")
+def replace(settings, names):
+    """The settings with what `names` {placeholder: path} says in place of a placeholder."""
+    return {row: [names.get(o, o) for o in options] for row, options in settings.items()}
 
 
-def prime(args, settings=PRIME, first_seed=0):
-    offline = f"{args.place}/prime-offline"  # a PRM trained on the initial policy's samples alone: the policy's lr is 0
-    size = SMALL if args.quick else [*LIMITS, "--problems", "5000", "--prompts_per_step", "32", "--steps", "150"]
-    first = [(offline, ["prime_minimal.py", "--model", policy(args, "builtin-hard"), *size, *SOME, "--eval_every", "0",
-                        "--seed", "100", "--lr", "0"])]
-    settings = {name: [*SOME, *(offline + "/prm" if o == "offline" else o for o in options)]
-                for name, options in settings.items()}
-    return curves(args, "prime_minimal.py", settings, "prime", first_seed, first)
+def rl(study):
+    small = ["--problems", 50] if study.quick else []
+    base = [
+        "tdrm_minimal.py",
+        "--model",
+        study.policy(HARD),
+        "--data",
+        HARD,
+        "--eval_every",
+        0,
+        *small,
+    ]
+    outs = {m: f"{study.place}/{m}-hard" for m in ("TDRM", "ScalarPRM")}
+    study.run({out: [*base, "--method", m] for m, out in outs.items()})
+    return curves(
+        study, "rl_minimal.py", replace(RL, {m: out + "/model" for m, out in outs.items()}), "rl"
+    )
 
 
-def prime_again(args):
-    """The row that won, and what it is compared with, under seeds that nobody had seen when it was chosen; and under all."""
-    rows = {name: PRIME[name] for name in ("outcomes only", "policy reference, offline-trained PRM, online",
-                                           "control: policy reference, offline-trained PRM, shuffled")}
-    before, again = (prime(args, rows, first_seed) for first_seed in (0, args.seeds))
-    return {"again": again, "all": {name: {"curve": before[name]["curve"] + again[name]["curve"]} for name in rows}}
+def prime(study, settings=PRIME, seeds=None):
+    offline = f"{study.place}/prime-offline"
+    size = [*LIMITS, "--problems", 5000, "--prompts_per_step", 32, "--steps", 150]
+    base = [
+        "prime_minimal.py",
+        "--model",
+        study.policy(HARD),
+        *(TINY if study.quick else size),
+        *SOME,
+    ]
+    study.run({offline: [*base, "--eval_every", 0, "--seed", 100, "--lr", 0]})  # the policy stays
+    settings = {row: [*SOME, *options] for row, options in settings.items()}
+    settings = replace(settings, {"offline": offline + "/prm"})
+    return curves(study, "prime_minimal.py", settings, "prime", seeds)
 
 
-SHORT = {"outcomes only": OFF, "PRIME": [], "policy reference": ["--reference", "policy"],
-         "policy reference, another seed's PRM": ["--reference", "policy", "--prm", "another"]}
-SHORT_LIMITS = ["--steps", "100", "--eval_every", "10", *COMMON, *SOME]
+def prime_again(study):
+    """The row that won, and what it is compared with, under seeds that nobody had seen when it was
+    chosen; and under all."""
+    rows, seeds = {name: PRIME[name] for name in AGAIN}, range(study.seeds, 2 * study.seeds)
+    before, again = prime(study, rows), prime(study, rows, seeds)
+    both = {name: {"curve": before[name]["curve"] + again[name]["curve"]} for name in again}
+    return {"again": again, "all": both}
 
 
-def short_runs(args):
+def short_runs(study):
     """PRIME on the default level, where responses have half as many steps -> {(name, seed): folder}."""
-    outs = {(name, s): f"{args.place}/short-{slug(name)}-{s}" for s in range(args.seeds) for name in SHORT}
-    for later in (False, True):  # a PRM that is trained is one that PRIME has trained, under another seed
-        trained = {s: outs["PRIME", (s + 1) % args.seeds] + "/prm" for s in range(args.seeds)}
-        run(args, [(out, ["prime_minimal.py", "--model", policy(args), *(SMALL[2:] if args.quick else SHORT_LIMITS),
-                          "--seed", str(s), *[trained[s] if o == "another" else o for o in SHORT[name]]])
-                   for (name, s), out in outs.items() if ("another" in SHORT[name]) == later])
+    size = TINY if study.quick else ["--steps", 100, "--eval_every", 10, *COMMON]
+    base = ["prime_minimal.py", "--model", study.policy(), *size, *SOME]
+    outs, first, later = {}, {}, {}
+    for s, (name, options) in itertools.product(range(study.seeds), SHORT.items()):
+        out = outs[name, s] = f"{study.place}/short-{slug(name)}-{s}"
+        another = f"{study.place}/short-prime-{(s + 1) % study.seeds}/prm"
+        options = [another if o == "another" else o for o in options]
+        (later if another in options else first)[out] = [*base, "--seed", s, *options]
+    study.run(first)
+    study.run(later)
     return outs
 
 
-def prime_short(args):
-    outs = short_runs(args)
-    return {name: {"curve": [curve(outs[name, s]) for s in range(args.seeds)]} for name in SHORT}
-
-
-KINDS = {"Q-RM": ["--method", "qrm"], "Q-RM, beta 0.2": ["--method", "qrm", "--beta", "0.2"], "ORM": ["--method", "orm"],
-         "DPO-RM": ["--method", "dpo_rm"]}
-
-
-def qrm(args):
-    """Reward models from pairs on the default level, and TDRM and PRIME's: pairs, best-of-n, first wrong step."""
-    seeds, kinds = range(args.seeds), chosen(args, KINDS)
-    small = ["--problems", "200", "--eval_problems", "60"] if args.quick else []
-    outs = {(name, s): f"{args.place}/{slug(name)}-{s}" for s in seeds for name in kinds}
-    run(args, [(out, ["qrm_minimal.py", "--model", policy(args), "--eval_every", "0", "--seed", str(s), *small, *kinds[name]])
-               for (name, s), out in outs.items()])
-    tdrms, primes = reward_models(args), short_runs(args)
-    rows = data.make_trajectories(data.make_problems(60 if args.quick else 500, "test"), 2, seed=1)
-    results = {name: {"pair_accuracy": [], "first_wrong_step": [], "greedy": [], "best-of-n": []}
-               for name in (*kinds, "TDRM", "PRIME")}
-    folders = [{name: outs[name, s] + "/model" for name in kinds} | {"TDRM": tdrms["tdrm", s] + "/model"} for s in seeds]
-    for s, found in enumerate(search_with(args, "qrm-search", folders, 64)):
-        for name, folder in (folders[s] | {"PRIME": primes["PRIME", s] + "/prm"}).items():
-            row = results[name]
-            row["first_wrong_step"].append(first_wrong_step(folder, name, rows))
-            if name in folders[s]:
-                row["greedy"].append(found["greedy search 8", name, 1])
-                row["best-of-n"].append([found["best-of-n", name, n] for n in ((4,) if args.quick else (4, 8, 16, 32, 64))])
-            if name in kinds:
-                row["pair_accuracy"].append(summary(outs[name, s])["pair_accuracy"])
+def prime_short(study):
+    outs, results = short_runs(study), {}
+    for (name, _), out in outs.items():
+        results.setdefault(name, {"curve": []})["curve"].append(curve(out))
     return results
 
 
-def first_wrong_step(folder, kind, rows):
+# --------------------------------------------------------------------------------------------------
+# Reward models from pairs.
+
+KINDS = {
+    "Q-RM": ["--method", "Q-RM"],
+    "Q-RM, beta 0.2": ["--method", "Q-RM", "--beta", 0.2],
+    "ORM": ["--method", "ORM"],
+    "DPO-RM": ["--method", "DPO-RM"],
+}
+
+
+def qrm(study):
+    """Reward models from pairs on the default level, and TDRM and PRIME's: pairs, best-of-n, first
+    wrong step."""
+    kinds, seeds, outs = study.choose(KINDS), range(study.seeds), {}
+    small = ["--problems", 40, "--eval_problems", 20, "--max_new_tokens", 40] if study.quick else []
+    base, commands = ["qrm_minimal.py", "--model", study.policy(), "--eval_every", 0, *small], {}
+    for s, (name, options) in itertools.product(seeds, kinds.items()):
+        out = outs[name, s] = f"{study.place}/{slug(name)}-{s}"
+        commands[out] = [*base, "--seed", s, *options]
+    study.run(commands)
+    tdrms, primes = study.reward_models(), short_runs(study)
+    outs |= {("TDRM", s): tdrms["TDRM", s] for s in seeds}
+    names, counts = [*kinds, "TDRM"], (4,) if study.quick else (4, 8, 16, 32, 64)
+    folders = [{name: outs[name, s] + "/model" for name in names} for s in seeds]
+    rows = data.make_trajectories(data.make_problems(60 if study.quick else 500, "test"), 2, seed=1)
+    columns = ("pair_accuracy", "first_wrong_step", "greedy", "best-of-n")
+    results = {name: {column: [] for column in columns} for name in (*names, "PRIME")}
+    for s, found in enumerate(study.search("qrm-search", folders, 64)):
+        for name, folder in (folders[s] | {"PRIME": primes["PRIME", s] + "/prm"}).items():
+            results[name]["first_wrong_step"].append(first_wrong_step(folder, rows))
+        for name in names:
+            best = [found["best-of-n", name, n] for n in counts]
+            results[name]["greedy"].append(found["greedy search 8", name, 1])
+            results[name]["best-of-n"].append(best)
+        for name in kinds:
+            results[name]["pair_accuracy"].append(summary(outs[name, s])["pair_accuracy"])
+    return results
+
+
+def first_wrong_step(folder, rows):
     """AUROC of "this is the first wrong step" from the fall of the reward model's value there."""
-    examples, values = step_values(folder, rows)
-    if kind in ("PRIME", "DPO-RM"):  # a sum of log-ratios is no probability
+    examples, values, kind = step_values(folder, rows)
+    if kind == "implicit":  # a sum of log-ratios is no probability
         values = [torch.logit(torch.tensor(v), eps=1e-7).tolist() for v in values]
-    return qrm_minimal.localisation_auroc(values, [e["first_error"] for e in examples])
+    return qrm_chapter.localisation_auroc(values, [e.first_error for e in examples])
 
 
-def qrm_rl(args):
-    """REINFORCE and PPO with a reward model of each kind, trained on one set of pairs of the hard level's student solutions."""
-    model, names = policy(args, "builtin-hard"), {"Q-RM": "qrm", "ORM": "orm", "DPO-RM": "dpo_rm"}
+def qrm_rl(study):
+    """REINFORCE and PPO with a reward model of each kind, trained on one set of pairs of the hard
+    level's student solutions."""
+
     def solve():
-        problems = data.make_problems(60 if args.quick else 5000, "train", 7, "builtin-hard")
-        return data.make_trajectories(problems, 8, seed=7, level="builtin-hard")
-    pairs = ["--pairs_from", write_rows(args, "samples-hard", solve)]
-    run(args, [(f"{args.place}/{m}-hard", ["qrm_minimal.py", "--model", model, "--method", m, "--eval_every", "0", *pairs])
-               for m in names.values()])
-    return curves(args, "qrm_minimal.py", {f"{how}, {name}": ["--rl", how.lower(), "--rm", f"{args.place}/{m}-hard/model"]
-                                           for how in ("REINFORCE", "PPO") for name, m in names.items()}, "qrm-rl")
+        problems = data.make_problems(60 if study.quick else 5000, "train", 7, HARD)
+        return data.make_trajectories(problems, 8, seed=7, level=HARD)
 
-
-def qrm_tables(results):
-    yield "qrm", table(["reward model", "pair accuracy", "AUROC of the first wrong step", "greedy search, b = 8",
-                        *[f"best-of-{n}" for n in (4, 8, 16, 32, 64)]],
-                       [[name, *[cell(r[key]) if r[key] else "" for key in ("pair_accuracy", "first_wrong_step", "greedy")],
-                         *([cell(column) for column in zip(*r["best-of-n"])] or [""] * 5)] for name, r in results.items()])
-
-
-def first_at(curve, accuracy):
-    """Questions after which a curve first reaches an accuracy, interpolated; None if it never does."""
-    for (q0, a0, *_), (q1, a1, *_) in zip(curve, curve[1:]):
-        if a0 < accuracy <= a1:
-            return q0 + (q1 - q0) * (accuracy - a0) / (a1 - a0)
-    return None
-
-
-def curve_table(results, baseline, rising=True):
-    """Final accuracies; the gain over a baseline, paired by seed; questions until 0.9 of the table's best gain, and, where the
-    baseline is `rising`, until its own final accuracy; means over the seeds that get there."""
-    best = max(np.mean([c[-1][1] for c in r["curve"]]) for r in results.values())
-    begin = np.mean([c[0][1] for r in results.values() for c in r["curve"]])
-    rows = []
-    for name, r in results.items():
-        finals = [c[-1][1] for c in r["curve"]]
-        base = [c[-1][1] for c in results.get(baseline, r)["curve"]]
-        reach = []
-        for goals in [[begin + 0.9 * (best - begin)] * len(finals), base][:1 + rising]:
-            hit = [x for x in map(first_at, r["curve"], goals) if x is not None]
-            reach.append(f"{np.mean(hit):.0f} ({len(hit)}/{len(finals)})" if hit else f"never (0/{len(finals)})")
-        rows.append([name, cell(finals), cell([c[-1][2] for c in r["curve"]]),
-                     "" if name == baseline else cell([x - y for x, y in zip(finals, base)]), *reach])
-    return table(["rewards", "pass@1", "greedy", f"pass@1 minus {baseline}", "questions to 0.9 of the best gain",
-                  f"questions to the end of {baseline}"][:5 + rising], rows)
-
-
-def by_step(runs):
-    """Means over ten steps, at the begin, in the middle and at the end, as cells."""
-    return [cell([run[i] for run in runs]) for i in (0, 2, 5) if i < len(runs[0])]
-
-
-TENS = [f"steps {i}-{i + 9}" for i in (1, 21, 51)]
-
-
-def rl_tables(results):
-    yield "rl", curve_table(results, "rule-only")
-    yield "rl-auroc", table(["rewards", *TENS, "truncated at the end"], [
-        [name, *by_step(r["prm_auroc"]), cell([run[-1] for run in r["truncated"]])] for name, r in results.items() if "prm_auroc" in r])
-
-
-def prime_tables(results):
-    yield "prime", curve_table(results, "outcomes only")
-    yield "prime-pairs", table(["PRM", *TENS], [
-        [name, *by_step(results[name]["pair_accuracy"])]
-        for name in ("PRIME", "double forward", "offline PRM", "offline-trained PRM, online", "policy reference",
-                     "policy reference, offline-trained PRM, online")
-        if "pair_accuracy" in results.get(name, ())])
+    pairs = ["--pairs_from", study.rows_file("samples-hard", solve), "--eval_every", 0]
+    base, names = ["qrm_minimal.py", "--model", study.policy(HARD), *pairs], (
+        "Q-RM",
+        "ORM",
+        "DPO-RM",
+    )
+    outs = {name: f"{study.place}/{name}-hard" for name in names}
+    study.run({out: [*base, "--method", name] for name, out in outs.items()})
+    settings = {}
+    paid = ["--credit", "token", "--alpha", 0, "--kl_reward", 1, "--group_size", 1]
+    for how, name in itertools.product(("REINFORCE", "PPO"), names):
+        options = [*paid, "--estimator", how.lower(), "--prm", outs[name] + "/model"]
+        if how == "PPO":  # a Q is a return already
+            options += ["--critic_lr", 1e-3, "--gamma", 0 if name == "Q-RM" else 0.9]
+        settings[f"{how}, {name}"] = options
+    return curves(study, "rl_minimal.py", settings, "qrm-rl")
 
 
 # --------------------------------------------------------------------------------------------------
 # All together.
 
-def draw(results):
-    """All figures that the results allow, to figures/. A title says what the committed results show."""
-    at = lambda name: os.path.join(ROOT, "figures", name + ".svg")  # noqa: E731
-    if found := results.get("tdrm"):
-        figures.traces(at("traces"), "TDRM's values look ahead\nalong three held-out solutions", found["traces"], "step", "value")
-        figures.boxes(at("td-error"), "TD errors hardly differ\nby step: quantiles 5, 25, 50, 75, 95%; cut at 1",
-                      found["td_error_by_step"], "step", "TD error")
-    if found := results.get("search"):
-        across = lambda key, xs: {m: [(x, *spread(found[key.format(x, m)])) for x in xs] for m in METHODS}  # noqa: E731
-        alone = ("one sample", spread(found["pass@1 @ 1"])[0])
-        figures.lines(at("greedy-search"), "Search wants a value for every step\ngreedy search on 1000 held-out problems; "
-                      "95% intervals", across("greedy search {}, {} @ 1", (2, 4, 8, 16)), "next steps sampled from each prefix",
-                      "accuracy", log_x=True, level=alone)
-        figures.lines(at("best-of-n"), "The best of many samples is the reward model's worst error\nbest-of-n on 1000 held-out "
-                      "problems; 95% intervals", across("best-of-n, {1} @ {0}", (2, 4, 8, 16, 32, 64)), "samples", "accuracy",
-                      log_x=True, level=alone)
-    if found := results.get("budget"):
-        figures.lines(at("budget"), "For the same tokens, outcomes teach more than step labels\ngreedy search, b = 8, on "
-                      "500 held-out problems; 95% intervals",
-                      {name: [(int(b), *spread(r["greedy"])) for b, r in rows.items()] for name, rows in found.items()},
-                      "tokens sampled for data and labels", "accuracy", log_x=True)
-    for part, finding, names in (
-            ("rl", "A reward model alone is gamed; blended with the verifier, it does not help",
-             [name for name in RL if "lr 3e-4" not in name]),
-            ("prime", "PRIME gains with the policy as reference and a trained PRM",
-             ["outcomes only", "PRIME", "offline PRM", "policy reference", "policy reference, offline-trained PRM, online",
-              "control: policy reference, offline-trained PRM, shuffled"]),
-            ("qrm-rl", "Of reward models from pairs, the log-ratio teaches", list(results.get("qrm-rl", ())))):
-        if found := results.get(part):
-            figures.lines(at(part), finding + "\npass@1 on held-out questions of 8 to 14 operations; 95% intervals",
-                          {name: [(points[0][0], *spread([p[1] for p in points])) for points in zip(*found[name]["curve"])]
-                           for name in names if name in found}, "questions seen", "pass@1")
+PARTS = {
+    "tdrm": tdrm,
+    "search": search,
+    "sweep": sweep,
+    "budget": budget,
+    "rl": rl,
+    "prime": prime,
+    "prime-again": prime_again,
+    "prime-short": prime_short,
+    "qrm": qrm,
+    "qrm-rl": qrm_rl,
+}
 
 
-# Part: what runs it, and the tables of its results as (marker in the README, lines).
-PARTS = {"tdrm": (tdrm, tdrm_tables), "search": (search, search_tables), "sweep": (sweep, sweep_tables),
-         "budget": (budget, budget_tables), "rl": (rl, rl_tables), "prime": (prime, prime_tables),
-         "prime-again": (prime_again, lambda results: [(name, curve_table(results[key], "outcomes only")) for name, key
-                                                       in (("prime-again", "again"), ("prime-all-seeds", "all"))]),
-         "prime-short": (prime_short, lambda results: [("prime-short", curve_table(results, "outcomes only"))]),
-         "qrm": (qrm, qrm_tables),
-         "qrm-rl": (qrm_rl, lambda results: [("qrm-rl", curve_table(results, "REINFORCE, ORM", rising=False))])}
-
-
-def write_readme(results):
-    """Every table between its markers in the README, from the results."""
-    path = os.path.join(ROOT, "README.md")
-    with open(path) as f:
-        text = f.read()
-    for part, (_, tables) in PARTS.items():
-        for name, lines in tables(results[part]) if part in results else ():
-            text = re.sub(rf"(<!-- study:{name} -->\n).*?(<!-- end -->)", lambda m: m[1] + lines + "\n" + m[2],
-                          text, flags=re.S)
-    with open(path, "w") as f:
-        f.write(text)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; none: all, or `readme`: only write the tables again")
+def options():
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}, readme; none: all")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--more", action="store_true", help="also the rows that take it past two hours")
-    parser.add_argument("--settings", nargs="+", help="of sweep, rl, prime and qrm: only these rows of the tables")
-    parser.add_argument("--quick", action="store_true", help="everything small: shows that it runs")
+    parser.add_argument("--more", action="store_true", help="also rows that take it past two hours")
+    parser.add_argument("--rows", nargs="+", help="only these rows of the tables")
+    parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS) - {"readme"}:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    args.place, args.seeds, args.more = ("runs/quick", 2, True) if args.quick else ("runs/study", args.seeds, args.more)
-    path, results = os.path.join(ROOT, "results.json"), {}
-    if os.path.exists(path) and not args.quick:
+    return args
+
+
+def main():
+    args = options()
+    place, seeds = ("runs/quick", 1) if args.quick else ("runs/study", args.seeds)
+    study = Study(place, seeds, args.jobs, args.more or args.quick, args.quick, args.rows)
+    path, results = at("study", "results.json"), {}
+    if not args.quick and os.path.exists(path):
         with open(path) as f:
             results = json.load(f)
-    for part in args.parts or [part for part in PARTS if args.more or part not in MORE]:
-        if part in PARTS:
-            new = PARTS[part][0](args)
-            results[part] = results.get(part, {}) | new  # rows that were not run now stay
-            for name, lines in PARTS[part][1](results[part]):
-                print(f"\n{name}\n{lines}", flush=True)
-            if not args.quick:
-                with open(path + ".tmp", "w") as f:
-                    json.dump(results, f, indent=None, separators=(",", ":"))
-                os.replace(path + ".tmp", path)
+    parts = args.parts or [part for part in PARTS if study.more or part not in MORE]
+    for part in [part for part in parts if part != "readme"]:
+        results[part] = results.get(part, {}) | PARTS[part](study)  # rows not run now stay
+        for name, lines in tables.TABLES[part](results[part]):
+            print(f"\n{name}\n{lines}", flush=True)
+        if not args.quick:
+            with open(path + ".tmp", "w") as f:
+                json.dump(results, f, separators=(",", ":"))
+            os.replace(path + ".tmp", path)
     if not args.quick:
-        write_readme(results)
-        draw(results)
+        tables.write_page(results, at("study", "README.md"))
+    figures.draw(results, at(place, "figures") if args.quick else at("study", "figures"))
 
 
 if __name__ == "__main__":
