@@ -41,7 +41,7 @@ import torch
 from parts.answers import extract_answer, verify  # noqa: F401
 from parts.formats import split_steps  # noqa: F401
 from parts.formats import BadInput, read_pairs, read_problems, read_trajectories, recognise
-from parts.models import STEP_END, encode_prompt, load_tokenizer, token_ids
+from parts.models import Layout, closing_id, encode_prompt, load_tokenizer, token_ids
 
 # --------------------------------------------------------------------------------------------------
 # The built-in task. Everything is a pure function of its seed.
@@ -161,7 +161,7 @@ def builtin_tokenizer():
     every script."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    vocab = SPECIAL + list("0123456789+-*=}") + ["\\boxed{", STEP_END]
+    vocab = SPECIAL + list("0123456789+-*=}") + ["\\boxed{", "\n\n"]
     numbered = {token: i for i, token in enumerate(vocab)}
     tokenizer = Tokenizer(models.WordLevel(numbered, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|\n\n|."), "isolated")
@@ -212,7 +212,7 @@ def builtin_level(paths):
 # Text to token ids: steps tokenised one by one, their ends remembered.
 
 
-def encode_trajectory(tokenizer, prompt, steps, eos=False):
+def encode_trajectory(tokenizer, prompt, steps, eos=False, layout=Layout()):
     """-> input_ids, prompt_length, step_ends: the ids of prompt + steps, and for each step the
     index of its last token.
 
@@ -220,14 +220,14 @@ def encode_trajectory(tokenizer, prompt, steps, eos=False):
     appends the end-of-response token after the last step: for training a policy, not a PRM, where
     nothing may follow a prefix.
     """
-    input_ids, step_ends = encode_prompt(tokenizer, prompt), []
+    input_ids, step_ends = encode_prompt(tokenizer, layout.ask(prompt)), []
     prompt_length = len(input_ids)
     for t, step in enumerate(steps):
-        closed = step + STEP_END if t < len(steps) - 1 else step
+        closed = step + layout.step_end if t < len(steps) - 1 else step
         input_ids += token_ids(tokenizer, closed)
         step_ends.append(len(input_ids) - 1)
     if eos:
-        input_ids.append(tokenizer.eos_token_id)
+        input_ids.append(closing_id(tokenizer))
     return input_ids, prompt_length, step_ends
 
 
@@ -261,7 +261,10 @@ def encode_rows(rows, encode, max_length):
     examples, longest, count = [], 0, 0
     known = ("labels", "correct", "first_error", "answer", "source")
     for count, row in enumerate(rows, 1):
-        input_ids, *places = encode(row["prompt"], row["completions"])
+        try:
+            input_ids, *places = encode(row["prompt"], row["completions"])
+        except BadInput as error:
+            raise BadInput(f"{row.get('source', '--data')}: {error}") from None
         longest = max(longest, len(input_ids))
         if len(input_ids) <= max_length:
             facts = {name: row[name] for name in known if name in row}
@@ -382,9 +385,12 @@ def show_builtin(tokenizer):
 
 def show_file(path, tokenizer):
     kind, name = recognise(path)
-    read = {"trajectories": read_trajectories, "problems": read_problems, "pairs": read_pairs}[kind]
-    first, counts = None, collections.Counter()
-    for row in read(path):  # one at a time: the file may be large
+    first, counts, left_out = None, collections.Counter(), []
+    if kind == "trajectories":
+        rows = read_trajectories(path, outcome=False, left_out=left_out)
+    else:
+        rows = {"problems": read_problems, "pairs": read_pairs}[kind](path, left_out)
+    for row in rows:  # one at a time: the file may be large
         first = first or row
         counts["rows"] += 1
         if kind == "trajectories":
@@ -394,6 +400,10 @@ def show_file(path, tokenizer):
             counts[outcome] += 1
     found = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
     print(f"{path}: {kind} ({name}); {found}")
+    for line in left_out[:20]:
+        print(f"  left out: {line}")
+    if len(left_out) > 20:
+        print(f"  left out in all: {len(left_out)} rows")
     if kind == "trajectories":
         show(first, tokenizer)
     else:

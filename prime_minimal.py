@@ -171,7 +171,7 @@ def main(cfg, procs):
     """Train a policy and its implicit PRM -> summary (also in summary.json)."""
     # 1) The policy; the PRM and its reference, both from the initial policy; a critic for PPO.
     level = data.builtin_level(cfg.data)
-    cfg = rl.check(cfg, "prime", level, procs)
+    cfg = rl.check_options(cfg, "prime", level, procs)
     if cfg.accuracy[0] > cfg.accuracy[1]:
         low, high = cfg.accuracy
         raise BadInput(f"--accuracy {low} {high}: wanted the lower share first")
@@ -243,8 +243,8 @@ def main(cfg, procs):
     summary = rl.finish(run, policy.module, held_out, cfg, procs)
     if prm and procs.rank == 0:  # the reward model is the pair
         reference = policy.module.model if reference is None else reference
-        numbers = {"beta": cfg.beta, "temperature": cfg.temperature}
-        pair = RewardModel(prm.module.model, tokenizer, "implicit", reference, **numbers)
+        about = {"beta": cfg.beta, "temperature": cfg.temperature, "layout": policy.module.layout}
+        pair = RewardModel(prm.module.model, tokenizer, "implicit", reference, **about)
         pair.save(os.path.join(cfg.out, "prm"))
     procs.barrier()
     return summary

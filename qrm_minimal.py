@@ -49,7 +49,8 @@ import tdrm_minimal as tdrm
 from parts.credit import last_token, stack
 from parts.formats import BadInput, read_pairs, read_problems, read_trajectories, recognise
 from parts.formats import split_steps
-from parts.models import check_ids, load_policy, load_tokenizer, question_of, torch_dtype
+from parts.models import check_ids, layout_of, load_policy, load_tokenizer, question_of
+from parts.models import torch_dtype
 from parts.rewards import RewardModel, new_reward_model
 from parts.runs import Run, last_checkpoint, launch, opt
 from parts.training import Policy, TrainConfig, accumulate_gradients, learning_rate
@@ -76,6 +77,7 @@ class Config(TrainConfig):
     eval_problems: int = opt(500, "built-in task: held-out questions", low=1)
     problems: int | None = opt(None, "questions; without it: all, or 12000 built-in ones", low=1)
     max_new_tokens: int = opt(128, "longest sampled response", low=1)
+    verifier: str | None = opt(None, "FILE:FUNCTION(response, row) in place of the answer check")
     lr: float = opt(2e-3, "peak learning rate (for an 8B model: 1e-5)", low=0)
 
     temperature = 1.0  # of the samples
@@ -144,9 +146,11 @@ def main(cfg, procs):
     pairs, held_out, trajectories, left_out = load_data(cfg, level, tokenizer, procs)
     if kind == "implicit":
         model, reference = load_policy(name, dtype), load_policy(cfg.model, dtype)
-        reward = RewardModel(model, tokenizer, kind, reference, beta=cfg.beta)
+        about = {"beta": cfg.beta, "layout": layout_of(cfg)}
+        reward = RewardModel(model, tokenizer, kind, reference, **about)
     else:
-        reward = new_reward_model(name, tokenizer, dtype, cfg.seed, kind, scale)
+        about = {"scale": scale, "layout": layout_of(cfg)}
+        reward = new_reward_model(name, tokenizer, dtype, cfg.seed, kind, **about)
     learner = prepare(reward, cfg, procs)
     check_ids(reward.model, (p.chosen.input_ids + p.rejected.input_ids for p in pairs), cfg.model)
     steps = cfg.steps or max(1, len(pairs) // cfg.batch_size)
@@ -237,7 +241,7 @@ def load_data(cfg, level, tokenizer, procs):
     trajectories = [row for row in trajectories if str(row["prompt"]) not in trained]
     if not pairs:
         raise BadInput("--eval: it has all questions of --data; none is left to train on")
-    encode = sft.spelling(tokenizer)
+    encode = sft.spelling(tokenizer, layout_of(cfg))
     pairs, left_out = encode_pairs(pairs, encode, cfg.max_length)
     held_out, left_out_too = encode_pairs(held_out, encode, cfg.max_length)
     if trajectories:
@@ -272,8 +276,8 @@ def sample_pairs(problems, first_key, cfg, tokenizer, procs):
     if not problems:
         return []
     model = load_policy(cfg.model, torch_dtype(cfg, procs.device)).to(procs.device)
-    rows = []
-    for r in rl.roll_out(Policy(model, tokenizer), problems, first_key, cfg, procs):
+    policy, rows = Policy(model, tokenizer, layout_of(cfg)), []
+    for r in rl.roll_out(policy, problems, first_key, cfg, procs):
         if r.finished:
             correct = r.correct > 0.5
             rows.append({"prompt": r.prompt, "completions": r.completions, "correct": correct})
@@ -284,13 +288,15 @@ def read_files(paths, cfg, tokenizer, procs):
     """Files of pairs, of trajectories or of problems -> pairs, and the trajectories that know their
     first wrong step."""
     rows = {"pairs": [], "trajectories": [], "problems": []}
-    read = {"pairs": read_pairs, "trajectories": read_trajectories, "problems": read_problems}
+    step_end, pairs = layout_of(cfg).step_end, []
     for path in paths:
         kind = recognise(path)[0]
-        rows[kind] += read[kind](path)
-    pairs = []
+        if kind == "trajectories":
+            rows[kind] += read_trajectories(path, step_end)
+        else:
+            rows[kind] += {"pairs": read_pairs, "problems": read_problems}[kind](path)
     for row in rows["pairs"]:
-        steps = {side: split_steps(row[side]) for side in ("chosen", "rejected")}
+        steps = {side: split_steps(row[side], step_end) for side in ("chosen", "rejected")}
         pairs.append({"prompt": row["prompt"]} | steps)
     pairs += make_pairs(rows["trajectories"], cfg.pairs_per_question, cfg.seed)
     pairs += sample_pairs(rows["problems"][: cfg.problems], 0, cfg, tokenizer, procs)

@@ -45,19 +45,20 @@ import numpy as np
 import torch
 
 import data
+import search_minimal as search
 import sft_minimal as sft
 import tdrm_minimal as tdrm
-from parts.answers import verify
 from parts.credit import Critic, last_token, reinforce_advantages, stack, token_rewards
 from parts.credit import unstack
 from parts.decoding import longest_context, sample
 from parts.formats import BadInput, read_problems, split_steps
-from parts.models import check_ids, encode_prompt, load_policy, load_tokenizer, question_of
+from parts.models import check_ids, layout_of, load_policy, load_tokenizer, question_of
 from parts.models import torch_dtype
 from parts.rewards import load_reward_model
 from parts.runs import Run, last_checkpoint, launch, opt
 from parts.training import WARMUP, Policy, TrainConfig, accumulate_gradients, learning_rate
 from parts.training import optimizer_step, over_rows, prepare, token_logprobs
+from parts.verifier import check
 
 GROUPED = ("grpo", "dr_grpo", "rloo")  # estimators that compare responses to one question
 LAMBDA = 0.8  # of the generalised advantage estimation
@@ -68,6 +69,7 @@ class RLConfig(TrainConfig):
     """What every chapter that trains a policy on its own samples has in common."""
 
     data: tuple[str, ...] = opt(("builtin",), "builtin, builtin-hard, or files of problems")
+    verifier: str | None = opt(None, "FILE:FUNCTION(response, row) in place of the answer check")
     eval: tuple[str, ...] = opt((), "files of problems; without it: questions held out of --data")
     problems: int | None = opt(None, "training questions; without it: all, or 2000 built-in", low=1)
     steps: int = opt(200, "rounds of sampling, scoring and updating", low=1)
@@ -175,7 +177,7 @@ def main(cfg, procs):
     """Train a policy -> summary (also in summary.json)."""
     # 1) The policy, its questions, the reward model.
     level = data.builtin_level(cfg.data)
-    cfg = check(cfg, "rl", level, procs)
+    cfg = check_options(cfg, "rl", level, procs)
     checkpoint, dtype = last_checkpoint(cfg), torch_dtype(cfg, procs.device)
     policy, initial = load_policies(cfg, dtype, procs, checkpoint, cfg.kl_coef or cfg.kl_reward)
     problems, held_out = load_problems(cfg, level, policy.module, procs)
@@ -242,28 +244,24 @@ def roll_out(policy, problems, first_key, cfg, procs):
     """`group_size` responses to each problem -> Rollouts, groups together, in the problems' order,
     known to all processes. `first_key` + i names problem i for the noise."""
     mine, model = procs.mine(range(len(problems))), policy.model
-    questions, keys = [problems[i]["question"] for i in mine], [first_key + i for i in mine]
+    asked = [policy.layout.ask(problems[i]["question"]) for i in mine]
+    keys, limits = [first_key + i for i in mine], (cfg.temperature, cfg.max_new_tokens)
     options = {"seed": cfg.seed, "keys": keys, "rows_at_once": cfg.rows_at_once}
-    limits = cfg.temperature, cfg.max_new_tokens
-    samples = sample(model, policy.tokenizer, questions, cfg.group_size, *limits, **options)
+    samples = sample(model, policy.tokenizer, asked, cfg.group_size, *limits, **options)
     model.train()  # sampling left it in eval mode, in which there is no gradient checkpointing
     groups = {}
     for i, group in zip(mine, samples):
-        groups[i] = [as_rollout(problems[i], s) for s in group]
+        groups[i] = [as_rollout(problems[i], s, policy.layout, cfg.verifier) for s in group]
     groups = procs.merge(groups)
     return [rollout for i in range(len(problems)) for rollout in groups[i]]
 
 
-def as_rollout(problem, s):
-    """A verified Sample. Its token ids are the policy's own; its steps are there for reward
-    models."""
-    try:
-        correct, failed = float(verify(s.text, problem["answer"])), False
-    except Exception:
-        correct, failed = 0.0, True
+def as_rollout(problem, s, layout, verifier):
+    """A verified Sample. Its token ids are the policy's own, its steps are for reward models."""
+    correct, failed = check(verifier, s.text, problem)
     return Rollout(
         prompt=problem["question"],
-        completions=split_steps(s.text) or [""],
+        completions=split_steps(s.text, layout.step_end) or [""],
         input_ids=s.prompt_ids + s.token_ids,
         prompt_length=len(s.prompt_ids),
         step_ends=[],
@@ -381,7 +379,7 @@ def train_reward_model(learner, examples, cfg, procs):
 # What goes before and beside the loop.
 
 
-def check(cfg, name, level, procs):
+def check_options(cfg, name, level, procs):
     """Options that only make sense together -> cfg with what follows from others. Raises
     BadInput."""
     if not level and not cfg.model:
@@ -413,7 +411,7 @@ def check(cfg, name, level, procs):
 def load_policies(cfg, dtype, procs, checkpoint, wants_initial):
     """-> the policy's Learner, the initial policy (None where nothing wants it)."""
     name = os.path.join(checkpoint, "model") if checkpoint else cfg.model
-    policy = Policy(load_policy(name, dtype), load_tokenizer(name))
+    policy = Policy(load_policy(name, dtype), load_tokenizer(name), layout_of(cfg))
     learner, initial = prepare(policy, cfg, procs), None
     if wants_initial:
         initial = load_policy(cfg.model, dtype).to(procs.device)
@@ -456,7 +454,8 @@ def load_problems(cfg, level, policy, procs):
     kept, lengths = [[], []], []
     for part, rows in zip(kept, (problems, held_out)):
         for problem in rows:
-            ids = encode_prompt(policy.tokenizer, problem["question"])
+            source = problem.get("source", "--data")
+            ids = search.prompt_ids(policy.tokenizer, problem["question"], cfg, source)
             lengths.append(ids)
             blank = not question_of(problem["question"]).strip()
             if not blank and len(ids) + cfg.max_new_tokens <= limit:
@@ -507,12 +506,14 @@ def rollout_metrics(rollouts, rewards, group_size):
 def evaluate(policy, problems, cfg, procs):
     """Share of held-out questions answered right: by one sample, and by greedy decoding."""
     mine, right = procs.mine(range(len(problems))), []
-    questions, keys = [problems[i]["question"] for i in mine], [10**9 + i for i in mine]
+    asked = [policy.layout.ask(problems[i]["question"]) for i in mine]
+    keys = [10**9 + i for i in mine]
     options = {"seed": cfg.seed, "keys": keys, "rows_at_once": cfg.rows_at_once}
     for temperature in (cfg.temperature, 0.0):
         limits = temperature, cfg.max_new_tokens
-        samples = sample(policy.model, policy.tokenizer, questions, 1, *limits, **options)
-        right.append(sum(as_rollout(problems[i], s).correct for i, (s,) in zip(mine, samples)))
+        samples = sample(policy.model, policy.tokenizer, asked, 1, *limits, **options)
+        marks = [check(cfg.verifier, s.text, problems[i])[0] for i, (s,) in zip(mine, samples)]
+        right.append(sum(marks))
     policy.model.train()
     sampled, greedy = procs.sum(*right)
     return {"pass@1": sampled / len(problems), "greedy": greedy / len(problems)}
@@ -546,7 +547,7 @@ def set_token_advantages(rollouts, prm, critic, cfg, procs):
     metrics = {"prm_auroc": tdrm.auroc(whole, correct)}
     metrics |= {"score_mean": scores[mask].mean().item(), "score_std": scores[mask].std().item()}
     rewards = token_rewards(scores, mask, prm.kind)
-    if critic and prm.kind == "orm":
+    if critic and prm.kind in ("orm", "value"):
         rewards = rewards * last_token(mask)
     if cfg.kl_reward:
         logratio, _ = stack([r.old_logprobs - r.initial_logprobs for r in rollouts])

@@ -44,14 +44,16 @@ from tqdm import tqdm
 import data
 import sft_minimal as sft
 import tdrm_minimal as tdrm
-from parts.answers import answer_key, extract_answer, verify
+from parts.answers import answer_key, extract_answer
 from parts.decoding import StepEnd, decode, feed, longest_context, pad, prompt_cache
 from parts.decoding import sample, uniforms
 from parts.formats import BadInput, read_problems, read_trajectories, split_steps
-from parts.models import STEP_END, encode_prompt, end_ids, load_policy, load_tokenizer
-from parts.models import question_of, torch_dtype
+from parts.models import STEP_ENDS, Layout, encode_prompt, end_ids, layout_of, load_policy
+from parts.models import load_tokenizer, question_of, torch_dtype
 from parts.rewards import load_reward_model
 from parts.runs import Processes, last_checkpoint, launch, open_folder, opt, write_json
+from parts.training import DTYPES
+from parts.verifier import check
 
 MAX_DEPTH = 1000  # of a tree: a bound for models that never end a response
 
@@ -73,7 +75,11 @@ class Config:
     rows_at_once: int = opt(2048, "rows in one decoding batch (memory only, same result)", low=1)
     label_rollouts: int | None = opt(None, "label the steps of --data by so many rollouts", low=1)
     label_kind: str = opt("soft", "share of right rollouts, or any", choices=("soft", "hard"))
-    dtype: str = opt("auto", "weights", choices=("auto", "float32", "bfloat16"))
+    dtype: str = opt("auto", "weights", choices=DTYPES)
+    prompt: str = opt("{question}", "what the policy is asked, with {question} in it")
+    system: str | None = opt(None, "a system turn before the question")
+    step_end: str = opt("blank", "what ends a step: a blank line, or a line", choices=STEP_ENDS)
+    verifier: str | None = opt(None, "FILE:FUNCTION(response, row) in place of the answer check")
     seed: int = opt(0, "of the sampling", low=0, high=2**32 - 1)
     resume: bool = opt(False, "keep the problems that --out has already done, do the others")
     show: bool = opt(False, "print one beam search step by step")
@@ -113,6 +119,7 @@ def tree_search(
     max_new_tokens=256,
     seed=0,
     keys=None,
+    layout=Layout(),
     step_end=None,
     trace=None,
 ):
@@ -125,13 +132,13 @@ def tree_search(
     """
     model.eval()
     device, ends = next(model.parameters()).device, end_ids(tokenizer, model.generation_config)
-    step_end = step_end or StepEnd(tokenizer, device, model.config.vocab_size)
+    step_end = step_end or StepEnd(tokenizer, device, model.config.vocab_size, layout.step_end)
     groups = [i for i in range(len(prompts)) for _ in range(subtrees)]  # group -> prompt
     room, count = min(max_step_tokens, 16), Counter()  # for a step; the cache grows if need be
 
     # The root: a row for each prompt, however many samples begin there. decode() reads the
     # policy's.
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, layout.ask(prompt)) for prompt in prompts]
     cache, ids, mask = prompt_cache(encoded, device, len(groups) * keep * expand, room)
     encoded = [prm.encode(prompt, [])[0] for prompt in prompts]
     prm_cache, prm_ids, prm_mask = prompt_cache(encoded, device)
@@ -334,7 +341,8 @@ def trees(cfg):
 def search_problems(cfg, problems, keys, policy, prms, procs):
     """Every method on some problems, together -> one record each."""
     model, tokenizer = policy
-    questions, golds = [p["question"] for p in problems], [p["answer"] for p in problems]
+    questions, layout = [p["question"] for p in problems], layout_of(cfg)
+    asked = [layout.ask(question) for question in questions]
     sampling = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "keys": keys}
     parts = ("values", "generated", "scored", "seconds", "tree")
     records = [{"index": i} | {part: {} for part in parts} for i in keys]
@@ -348,46 +356,53 @@ def search_problems(cfg, problems, keys, policy, prms, procs):
 
     # Samples, and the likeliest response.
     rows = {"rows_at_once": cfg.rows_at_once} | sampling
-    samples = timed("samples", sample, model, tokenizer, questions, cfg.n, cfg.temperature, **rows)
-    greedy = timed("greedy", sample, model, tokenizer, questions, 1, 0.0, **rows)
-    for record, mine, (one,), gold in zip(records, samples, greedy, golds):
+    samples = timed("samples", sample, model, tokenizer, asked, cfg.n, cfg.temperature, **rows)
+    greedy = timed("greedy", sample, model, tokenizer, asked, 1, 0.0, **rows)
+    for record, mine, (one,), problem in zip(records, samples, greedy, problems):
         seen, record["keys"] = {}, []
         for answer in [extract_answer(s.text) for s in mine]:
             key = None if answer is None else seen.setdefault(answer_key(answer), len(seen))
             record["keys"].append(key)
         record["texts"] = [s.text for s in mine]
-        record["right"] = [verify(s.text, gold) for s in mine]
-        record["greedy"] = verify(one.text, gold)
+        record["right"] = [is_right(cfg, s.text, problem) for s in mine]
+        record["greedy"] = is_right(cfg, one.text, problem)
         record["generated"]["samples"] = sum(len(s.token_ids) for s in mine)
         record["generated"]["greedy"] = len(one.token_ids)
 
     # Each reward model on the samples, and in the trees.
     for name, prm in prms.items():
         responses = [[(s.text, s.finished) for s in mine] for mine in samples]
-        values, tokens = timed(name, score_responses, prm, questions, responses, procs.device)
+        values, tokens = timed(
+            name, score_responses, prm, questions, responses, layout, procs.device
+        )
         for record, v, t in zip(records, values, tokens):
             record["values"][name], record["scored"][name] = v, t
         for title, *numbers in trees(cfg):
             method = f"{title}, {name}"
             options = sampling | {"temperature": cfg.temperature}
-            options |= {"max_step_tokens": cfg.max_step_tokens}
+            options |= {"max_step_tokens": cfg.max_step_tokens, "layout": layout}
             search = (tree_search, model, tokenizer, prm, questions, *numbers)
             best, count = timed(method, *search, **options)
-            for record, beam, gold in zip(records, best, golds):
+            for record, beam, problem in zip(records, best, problems):
                 text = tokenizer.decode(beam.token_ids, skip_special_tokens=True)
-                record["tree"][method] = {"right": verify(text, gold), "value": beam.value}
+                right = is_right(cfg, text, problem)
+                record["tree"][method] = {"right": right, "value": beam.value}
                 for kind in ("generated", "scored"):
                     record[kind][method] = count[kind] / len(records)
     return records
 
 
-def score_responses(prm, prompts, responses, device):
+def is_right(cfg, response, row):
+    return check(cfg.verifier, response, row)[0] > 0.5
+
+
+def score_responses(prm, prompts, responses, layout, device):
     """Step values of each prompt's responses, (text, finished) each -> a list for each prompt of a
     list for each response; tokens scored for each prompt. Equal responses are scored once."""
     examples, tokens = {}, [0] * len(prompts)
     for i, (prompt, mine) in enumerate(zip(prompts, responses)):
         for text, finished in mine:
-            steps = split_steps(text)
+            steps = split_steps(text, layout.step_end)
             if steps and (i, text) not in examples:
                 ids = prm.encode(prompt, steps, finished)
                 examples[i, text] = data.Example(prompt, steps, *ids)
@@ -457,15 +472,23 @@ def load_problems(cfg, level, model, tokenizer, procs):
     limit, kept = longest_context(model.config) - cfg.max_new_tokens, []
     for i, problem in enumerate(problems):
         question = problem["question"]
+        source = problem.get("source", i)
         blank = not question_of(question).strip()
-        if not blank and len(encode_prompt(tokenizer, question)) <= limit:
+        if not blank and len(prompt_ids(tokenizer, question, cfg, source)) <= limit:
             kept.append(problem)
         else:
-            source = problem.get("source", i)
             procs.print(f"left out, blank or too long for the model: {source}")
     if not kept:
         raise BadInput("--data: there is no problem that leaves room for a response")
     return kept, len(problems) - len(kept)
+
+
+def prompt_ids(tokenizer, question, cfg, source):
+    """Token ids of a question as the policy is asked it; an error names its place."""
+    try:
+        return encode_prompt(tokenizer, layout_of(cfg).ask(question))
+    except BadInput as error:
+        raise BadInput(f"{source}: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -521,14 +544,14 @@ def write_samples(cfg, problems, records):
         for record in records:
             problem = problems[record["index"]]
             for j, (text, correct) in enumerate(zip(record["texts"], record["right"])):
-                steps = split_steps(text)
+                steps = split_steps(text, layout_of(cfg).step_end)
                 if not steps:
                     empty += 1
                     continue
                 row = {"prompt": problem["question"], "completions": steps}
                 row |= {"answer": problem["answer"], "correct": correct}
                 row["values"] = {name: values[j] for name, values in record["values"].items()}
-                f.write(json.dumps(row) + "\n")
+                f.write(json.dumps(row, allow_nan=False) + "\n")
     os.replace(path + ".tmp", path)
     return empty
 
@@ -539,6 +562,7 @@ def show_search(cfg, question, name, policy, prm):
     trace, b = [], max(cfg.expand)
     options = {"temperature": cfg.temperature, "max_step_tokens": cfg.max_step_tokens}
     options |= {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "trace": trace}
+    options["layout"] = layout_of(cfg)
     tree_search(*policy, prm, [question], cfg.beam, b, **options)
     print(f"\nbeam search {cfg.beam} x {b} with {name}: {question_of(question)}")
     for depth, _, candidates, kept in trace:
@@ -562,7 +586,8 @@ def label(cfg, procs, level):
         raise BadInput("--label_rollouts: --data must be trajectory files")
     cfg = replace(cfg, prm=("none",))
     (model, tokenizer), _ = load_models(cfg, procs, level, torch_dtype(cfg, procs.device))
-    rows = list(read_trajectories(cfg.data))[: cfg.problems]
+    layout = layout_of(cfg)
+    rows = list(read_trajectories(cfg.data, layout.step_end))[: cfg.problems]
     limit = longest_context(model.config) - cfg.max_new_tokens
     for row in rows:
         if row["answer"] is None:
@@ -573,7 +598,8 @@ def label(cfg, procs, level):
         prefixes, owners = [], []
         for i in chunk:
             steps = rows[i]["completions"]
-            ids, _, step_ends = data.encode_trajectory(tokenizer, rows[i]["prompt"], steps)
+            prompt = rows[i]["prompt"]
+            ids, _, step_ends = data.encode_trajectory(tokenizer, prompt, steps, layout=layout)
             for t, end in enumerate(step_ends[:-1]):
                 if end + 1 <= limit:
                     prefixes.append(ids[: end + 1])
@@ -585,8 +611,8 @@ def label(cfg, procs, level):
         labels = {i: [None] * len(rows[i]["completions"]) for i in chunk}
         tokens = Counter()
         for (i, t), rollouts in zip(owners, samples):
-            before = STEP_END.join(rows[i]["completions"][: t + 1]) + STEP_END
-            right = [verify(before + s.text, rows[i]["answer"]) for s in rollouts]
+            before = layout.step_end.join([*rows[i]["completions"][: t + 1], ""])
+            right = [is_right(cfg, before + s.text, rows[i]) for s in rollouts]
             soft = cfg.label_kind == "soft"
             labels[i][t] = sum(right) / len(right) if soft else float(any(right))
             tokens[i] += sum(len(s.token_ids) for s in rollouts)

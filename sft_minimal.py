@@ -26,7 +26,8 @@ import torch
 import data
 from parts.answers import verify
 from parts.formats import BadInput, read_trajectories
-from parts.models import check_ids, encode_prompt, load_policy, load_tokenizer, torch_dtype
+from parts.models import Layout, check_ids, encode_prompt, end_ids, layout_of, load_policy
+from parts.models import load_tokenizer, torch_dtype
 from parts.runs import Run, last_checkpoint, launch, opt
 from parts.training import Policy, TrainConfig, accumulate_gradients, learning_rate
 from parts.training import optimizer_step, over_rows, prepare
@@ -59,7 +60,7 @@ def main(cfg, procs):
     examples, held_out, left_out = load_data(cfg, level, tokenizer)
     dtype = torch_dtype(cfg, procs.device)
     model = load_policy(name, dtype) if name else new_policy(tokenizer, cfg.seed).to(dtype)
-    learner = prepare(Policy(model, tokenizer), cfg, procs)
+    learner = prepare(Policy(model, tokenizer, layout_of(cfg)), cfg, procs)
     check_ids(model, (e.input_ids for e in examples), cfg.model)
     steps = cfg.steps or max(1, len(examples) // cfg.batch_size)
     procs.print(
@@ -109,24 +110,26 @@ def load_data(cfg, level, tokenizer):
         problems = data.make_problems(cfg.eval_problems, "test", 0, level)
         held_out = data.make_trajectories(problems, seed=1, level=level)
     else:
-        rows, held_out = data.hold_out(list(read_trajectories(cfg.data, outcome=False)))
+        rows = list(read_trajectories(cfg.data, layout_of(cfg).step_end, outcome=False))
+        rows, held_out = data.hold_out(rows)
         rows = [row for row in rows if row["correct"] is not False]  # nothing to imitate
-    examples, left_out = data.encode_rows(rows, spelling(tokenizer), cfg.max_length)
+    examples, left_out = data.encode_rows(rows, spelling(tokenizer, layout_of(cfg)), cfg.max_length)
     by_question = {str(row["prompt"]): row for row in held_out}
     return examples, list(by_question.values())[: cfg.eval_problems], left_out
 
 
-def spelling(tokenizer):
+def spelling(tokenizer, layout=Layout()):
     """How a policy writes a trajectory: with the token that ends a response."""
-    return functools.partial(data.encode_trajectory, tokenizer, eos=True)
+    return functools.partial(data.encode_trajectory, tokenizer, eos=True, layout=layout)
 
 
 def evaluate(policy, held_out, cfg, procs):
     """{"pass@1"} on the questions with a gold answer; where none has one, {"held-out loss"}."""
     answered = [row for row in held_out if row["answer"] is not None]
     if answered:
-        return {"pass@1": pass_at_1(policy.model, policy.tokenizer, answered, cfg, procs)}
-    examples, _ = data.encode_rows(held_out, spelling(policy.tokenizer), cfg.max_length)
+        return {"pass@1": pass_at_1(policy, answered, cfg, procs)}
+    spell = spelling(policy.tokenizer, policy.layout)
+    examples, _ = data.encode_rows(held_out, spell, cfg.max_length)
     tokens = sum(len(e) - e.prompt_length for e in examples)
 
     def score(part):
@@ -137,19 +140,20 @@ def evaluate(policy, held_out, cfg, procs):
 
 
 @torch.no_grad()
-def pass_at_1(model, tokenizer, rows, cfg, procs, rows_at_once=256):
+def pass_at_1(policy, rows, cfg, procs, rows_at_once=256):
     """Share of questions answered right by one sample (temperature 1). The questions are split over
     the processes.
 
     Plain `generate` of the library; how sampling works is the subject of parts/decoding.py."""
-    mine, right = procs.mine(rows), 0
+    model, tokenizer, mine, right = policy.model, policy.tokenizer, procs.mine(rows), 0
     model.eval()
     with torch.random.fork_rng(devices=[procs.device] if procs.device.type == "cuda" else []):
         torch.manual_seed(cfg.seed)
         for start in range(0, len(mine), rows_at_once):
             chunk = mine[start : start + rows_at_once]
-            prompts = {"input_ids": [encode_prompt(tokenizer, row["prompt"]) for row in chunk]}
-            padded = tokenizer.pad(prompts, padding_side="left", return_tensors="pt")
+            prompts = [encode_prompt(tokenizer, policy.layout.ask(row["prompt"])) for row in chunk]
+            ids = {"input_ids": prompts}
+            padded = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
             ids = model.generate(
                 **padded.to(procs.device),
                 do_sample=True,
@@ -159,6 +163,7 @@ def pass_at_1(model, tokenizer, rows, cfg, procs, rows_at_once=256):
                 use_cache=True,
                 max_new_tokens=cfg.max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=end_ids(tokenizer, model.generation_config),
             )
             ids = ids[:, padded["input_ids"].shape[1] :]  # responses only
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)

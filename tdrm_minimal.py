@@ -47,7 +47,7 @@ import torch.nn.functional as F
 import data
 import sft_minimal as sft
 from parts.formats import BadInput, read_trajectories
-from parts.models import check_ids, load_tokenizer, question_of, torch_dtype
+from parts.models import check_ids, layout_of, load_tokenizer, question_of, torch_dtype
 from parts.rewards import load_reward_model, new_reward_model
 from parts.runs import Run, last_checkpoint, launch, opt
 from parts.training import TrainConfig, accumulate_gradients, learning_rate, optimizer_step, prepare
@@ -175,7 +175,8 @@ def main(cfg, procs):
     checkpoint = last_checkpoint(cfg)
     name = checkpoint and os.path.join(checkpoint, "model") or cfg.model
     tokenizer = load_tokenizer(name)
-    reward = new_reward_model(name, tokenizer, torch_dtype(cfg, procs.device), cfg.seed)
+    dtype, layout = torch_dtype(cfg, procs.device), layout_of(cfg)
+    reward = new_reward_model(name, tokenizer, dtype, cfg.seed, layout=layout)
     examples, held_out, labelled, left_out = load_data(cfg, level, reward.encode)
     learner = prepare(reward, cfg, procs)
     check_ids(reward.model, (e.input_ids for e in examples), cfg.model)
@@ -229,12 +230,12 @@ def load_data(cfg, level, encode):
         rows = data.make_trajectories(problems, 4, K, kind, cfg.seed, level)
         problems = data.make_problems(1000, "test", 0, level)
         held_out = data.make_trajectories(problems, 2, 4, kind, 1, level)
-    elif cfg.eval:
-        rows = read_trajectories(cfg.data)
     else:
-        rows, held_out = data.hold_out(list(read_trajectories(cfg.data)))
+        rows = read_trajectories(cfg.data, layout_of(cfg).step_end)
+        if not cfg.eval:
+            rows, held_out = data.hold_out(list(rows))
     if cfg.eval:
-        held_out = read_trajectories(cfg.eval)
+        held_out = read_trajectories(cfg.eval, layout_of(cfg).step_end)
     examples, left_out = data.encode_rows(rows, encode, cfg.max_length)
     held_out, left_out_too = data.encode_rows(held_out, encode, cfg.max_length)
     needed = "labels" if cfg.method == "ScalarPRM" else "correct"
@@ -250,7 +251,7 @@ def load_data(cfg, level, encode):
 def score_file(cfg, procs):
     """`--score FILE`: every trajectory's step values, one JSON line a row in the file's order, to
     standard output; null for one that is longer than --max_length."""
-    rows = read_trajectories(cfg.score, outcome=False)
+    rows = read_trajectories(cfg.score, layout_of(cfg).step_end, outcome=False)
     rows = itertools.chain([next(rows)], rows)  # a mistake in the file shows before a model loads
     name = cfg.model or os.path.join(default_out(cfg.method), "model")
     reward = load_reward_model(name, torch_dtype(cfg, procs.device), procs.device)

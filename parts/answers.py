@@ -24,6 +24,7 @@ Decisions worth knowing, and what is left out:
   * No cancelling of polynomials, no rules for functions, nested roots or inequalities, no matrix
     arithmetic, no numeric tolerance (2\\pi is not 6.28): right answers in an unusual form may be rejected.
 """
+
 import math
 import re
 from collections import Counter
@@ -36,7 +37,9 @@ MAX_DEPTH = 24  # of nested brackets: stays far away from Python's recursion lim
 MAX_WORK = 1000  # products of two terms per expression: stops (a+b+c)^{12}(a+b+c)^{12}
 
 # One alternation walks boxes, escapes and braces together; matching every box by itself would be quadratic.
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:(\{)|([-+]?[\d.][\d.,/]*|[A-Za-z]\b)?)|\\[\\{}]|[{}]")
+_BOX = re.compile(
+    r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:(\{)|([-+]?[\d.][\d.,/]*|[A-Za-z]\b)?)|\\[\\{}]|[{}]"
+)
 _ENDING = re.compile(r"####|^[ \t]*A:|\b[Aa]nswer(?:\s+is\b|\s*:)[\s:*]*", re.M)
 
 
@@ -53,8 +56,8 @@ def extract_answer(text):
             boxed, boxed_at = m[2], m.start()
         elif m[0] == "}" and open_braces:
             start = open_braces.pop()
-            if start > boxed_at and text[start:m.start()].strip():
-                boxed, boxed_at = text[start:m.start()], start
+            if start > boxed_at and text[start : m.start()].strip():
+                boxed, boxed_at = text[start : m.start()], start
     if boxed:
         return boxed.strip()
     ending = None
@@ -62,8 +65,10 @@ def extract_answer(text):
         pass
     if ending is None:
         return None
-    line = text[ending.end():].lstrip().partition("\n")[0]
-    return re.split(r"\.\s", line, maxsplit=1)[0].strip(" \t\r*") or None  # "18. So she ..." -> "18"
+    line = text[ending.end() :].lstrip().partition("\n")[0]
+    return (
+        re.split(r"\.\s", line, maxsplit=1)[0].strip(" \t\r*") or None
+    )  # "18. So she ..." -> "18"
 
 
 def verify(response, answer):
@@ -96,7 +101,11 @@ def answer_key(answer):
 
 def _as_text(answer):
     try:
-        return answer if isinstance(answer, str) else str(answer) if isinstance(answer, (int, float)) else ""
+        return (
+            answer
+            if isinstance(answer, str)
+            else str(answer) if isinstance(answer, (int, float)) else ""
+        )
     except ValueError:  # Python refuses to print integers of more than 4300 digits
         return ""
 
@@ -105,27 +114,54 @@ def _as_text(answer):
 # Tokens: one spelling for what LaTeX can spell in many ways. Words carry a leading quote ('cm), so that a
 # unit or "yes" is never mistaken for a product of variables.
 
-_SKIP = {"\\ ", "\\\n", "\u00a0", "\u2009", "\u202f",
-         *(r"$ % ~ £ € \left \right \, \! \; \: \quad \qquad \$ \% \( \) \[ \] \displaystyle \big \Big "
-           r"\rm \bf \text \mathrm \mathbf").split()}
-_SAME = dict(pair.split("=") for pair in (
-    r"\dfrac=\frac \tfrac=\frac \cfrac=\frac \times=* \cdot=* ×=* ·=* \div=/ ÷=/ −=- –=- \leq=\le ≤=\le "
-    r"\geq=\ge ≥=\ge \neq=\ne \lt=< \gt=> \lbrace=\{ \rbrace=\} ∪=\cup ∈=\in π=\pi √=\sqrt ∞=\infty "
-    r"±=\pm \mp=\pm °='degrees \varnothing=\emptyset ∅=\emptyset").split())
-_BARE = {"pi": ["\\pi"], "sqrt": ["\\sqrt"], "inf": ["\\infty"], "infinity": ["\\infty"],
-         "and": [","], "or": [","], "thousand": ["*", "1000"], "million": ["*", "1000000"],
-         "billion": ["*", "1000000000"]}
-_SHORT = set("cm mm km kg mg ml ft yd oz lb lbs hr hrs mph kph sq am pm no of is to th st nd rd".split())
+_SKIP = {
+    "\\ ",
+    "\\\n",
+    "\u00a0",
+    "\u2009",
+    "\u202f",
+    *(
+        r"$ % ~ £ € \left \right \, \! \; \: \quad \qquad \$ \% \( \) \[ \] \displaystyle \big \Big "
+        r"\rm \bf \text \mathrm \mathbf"
+    ).split(),
+}
+_SAME = dict(
+    pair.split("=")
+    for pair in (
+        r"\dfrac=\frac \tfrac=\frac \cfrac=\frac \times=* \cdot=* ×=* ·=* \div=/ ÷=/ −=- –=- \leq=\le ≤=\le "
+        r"\geq=\ge ≥=\ge \neq=\ne \lt=< \gt=> \lbrace=\{ \rbrace=\} ∪=\cup ∈=\in π=\pi √=\sqrt ∞=\infty "
+        r"±=\pm \mp=\pm °='degrees \varnothing=\emptyset ∅=\emptyset"
+    ).split()
+)
+_BARE = {
+    "pi": ["\\pi"],
+    "sqrt": ["\\sqrt"],
+    "inf": ["\\infty"],
+    "infinity": ["\\infty"],
+    "and": [","],
+    "or": [","],
+    "thousand": ["*", "1000"],
+    "million": ["*", "1000000"],
+    "billion": ["*", "1000000000"],
+}
+_SHORT = set(
+    "cm mm km kg mg ml ft yd oz lb lbs hr hrs mph kph sq am pm no of is to th st nd rd".split()
+)
 
 
 def _token_pattern(thousands):
-    return re.compile(r"""
+    return re.compile(
+        r"""
         \\(?:text[a-z]*|mbox|mathrm|mathbf|mathit|operatorname)\s*\{(?P<text>[^{}]*)\}
       | (?P<degrees>\^\s*(?:\\circ|\{\s*\\circ\s*\})(?:\s*[CF]\b)?)
       | (?P<env>\\(?:begin|end))\s*\{[pbB]?matrix\}
-      | (?P<number>(?:""" + thousands + r"""|\d+)(?:\.\d+)?(?:[eE][-+]?\d+(?![A-Za-z\d]))?|\.\d+)
+      | (?P<number>(?:"""
+        + thousands
+        + r"""|\d+)(?:\.\d+)?(?:[eE][-+]?\d+(?![A-Za-z\d]))?|\.\d+)
       | (?P<letters>[A-Za-z]+)
-      | \s+ | \\[A-Za-z]+ | \\. | .""", re.X | re.S | re.A)
+      | \s+ | \\[A-Za-z]+ | \\. | .""",
+        re.X | re.S | re.A,
+    )
 
 
 # "(5,120)" must stay a pair, so a plain comma groups thousands only outside of brackets.
@@ -137,7 +173,7 @@ def _tokens(text, in_text=False):
     out, pos, depth = [], 0, 0
     while pos < len(text):
         m = (_INSIDE if depth else _OUTSIDE).match(text, pos)
-        glued, pos, token = text[max(pos - 1, 0):pos] in tuple("0123456789^_"), m.end(), m[0]
+        glued, pos, token = text[max(pos - 1, 0) : pos] in tuple("0123456789^_"), m.end(), m[0]
         if m["text"] is not None:
             new = _tokens(m["text"], in_text=True)
         elif m["letters"]:
@@ -145,7 +181,12 @@ def _tokens(text, in_text=False):
             word = token.lower()
             if word in _BARE:
                 new = _BARE[word]
-            elif in_text or word in _SHORT or len(word) > (4 if glued else 2) and re.search("[aeiou]", word):
+            elif (
+                in_text
+                or word in _SHORT
+                or len(word) > (4 if glued else 2)
+                and re.search("[aeiou]", word)
+            ):
                 new = ["'" + (word if len(word) > 1 else token)]
             else:
                 new = list(token)
@@ -166,9 +207,13 @@ def _tokens(text, in_text=False):
 # Structure: lists, sets, tuples, intervals, unions, matrices. What remains is an expression.
 
 _OPEN, _CLOSE = {"(", "[", "{", "\\{", "\\begin"}, {")", "]", "}", "\\}", "\\end"}
-_NAME = re.compile(r"(?:'\S+ )*(?:\\?[A-Za-z]+|'\S+) (?:_ \S+ |_ \{ \S+ \} )?(?:\( [A-Za-z] \) )?(?:=|\\in) ")
-_UNITS = re.compile(r" (?:'(?!(?:am|pm|more|less|north|south|east|west|left|right|up|down|above|below) )"
-                    r"\S+ (?:\^ (?:[23]|\{ [23] \}) )?(?:/ )?)+$")
+_NAME = re.compile(
+    r"(?:'\S+ )*(?:\\?[A-Za-z]+|'\S+) (?:_ \S+ |_ \{ \S+ \} )?(?:\( [A-Za-z] \) )?(?:=|\\in) "
+)
+_UNITS = re.compile(
+    r" (?:'(?!(?:am|pm|more|less|north|south|east|west|left|right|up|down|above|below) )"
+    r"\S+ (?:\^ (?:[23]|\{ [23] \}) )?(?:/ )?)+$"
+)
 
 
 def _split(tokens, separator):
@@ -197,7 +242,7 @@ def _key(tokens, depth):
     keys = []
     for part, m in zip(parts, names):
         name = m[0] if m else ""
-        part = part[name.count(" "):]
+        part = part[name.count(" ") :]
         for sign in "+-" if part.count("\\pm") == 1 else ["\\pm"]:  # 1 \pm \sqrt2 is a list of two
             key = _item([sign if token == "\\pm" else token for token in part], depth)
             keys.append((name, key) if several else key)
@@ -236,12 +281,15 @@ def _item(tokens, depth):
 # between 0 and 1: whole powers move into the coefficient), a symbol, or a tuple for something opaque such as
 # 101_2 or ("sum", key). sqrt(8)/3 + 2 pi is {{(2, 1/2)}: 2/3, {(\pi, 1)}: 2}.
 
+
 class _Unparsed(Exception):
     """Not understood, or too expensive."""
 
 
 _ONE = frozenset()
-_SYMBOL = re.compile(r"'?[A-Za-z]$|\\(?:pi|infty|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega)$")
+_SYMBOL = re.compile(
+    r"'?[A-Za-z]$|\\(?:pi|infty|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega)$"
+)
 
 
 def _is_number(token):
@@ -344,8 +392,11 @@ class _Expression:
                 value = self.times(value, {_ONE: Fraction(self.signs())})
             elif _is_number(self.peek()) and _is_number(before):
                 raise _Unparsed  # "2 3" is not 6
-            elif not (_is_number(self.peek()) or _SYMBOL.match(self.peek())
-                      or self.peek() in ("(", "{", "\\frac", "\\sqrt")):
+            elif not (
+                _is_number(self.peek())
+                or _SYMBOL.match(self.peek())
+                or self.peek() in ("(", "{", "\\frac", "\\sqrt")
+            ):
                 return value
             value = self.times(value, self.power(self.factor(), -1 if operator == "/" else 1))
 
@@ -398,7 +449,12 @@ class _Expression:
             if fraction.keys() == {_ONE} and 0 < fraction[_ONE] < 1:
                 return _add(value, fraction)
             return self.times(value, fraction)
-        if token.isdigit() and self.peek().isdigit() and self.peek(1) == "/" and self.peek(2).isdigit():
+        if (
+            token.isdigit()
+            and self.peek().isdigit()
+            and self.peek(1) == "/"
+            and self.peek(2).isdigit()
+        ):
             top, _, bottom = self.argument(), self.take(), self.argument()
             return _add(value, self.times(top, self.power(bottom, -1)))
         return value
@@ -409,7 +465,7 @@ class _Expression:
         if not _is_number(token):
             return self.primary()
         if one_digit and token.isdigit():
-            self.tokens[self.at:self.at + 1] = list(token)
+            self.tokens[self.at : self.at + 1] = list(token)
         token = self.take()
         if len(token.lower().partition("e")[2]) > 4:  # Fraction("1e999999999") would never return
             raise _Unparsed
@@ -435,7 +491,7 @@ class _Expression:
         if not value or q == 1:
             return value
         if q.denominator == 1 and len(value) == 1:
-            (monomial, coefficient), = value.items()
+            ((monomial, coefficient),) = value.items()
             monomial, extra = _monomial({base: exponent * q for base, exponent in monomial})
             return {monomial: _bounded(_whole_power(coefficient, q) * extra)}
         if q.denominator == 1 and 0 <= q <= 12:
@@ -443,14 +499,18 @@ class _Expression:
             for _ in range(int(q)):
                 out = self.times(out, value)
             return out
-        if q == -1 and len(value) == 2:  # 1/(a+b) = (a-b)/(a^2-b^2), of use where a^2-b^2 is rational
+        if (
+            q == -1 and len(value) == 2
+        ):  # 1/(a+b) = (a-b)/(a^2-b^2), of use where a^2-b^2 is rational
             a, b = ({monomial: coefficient} for monomial, coefficient in value.items())
             norm = _add(self.times(a, a), self.times(b, b), -1)
             if norm.keys() == {_ONE}:
                 return self.times(_add(a, b, -1), {_ONE: 1 / norm[_ONE]})
         # Pull out the rational content, as in \sqrt{8+4x} = 2\sqrt{2+x}; what is left is 1, -1 or opaque.
-        content = Fraction(math.gcd(*(c.numerator for c in value.values())),
-                           math.lcm(*(c.denominator for c in value.values())))
+        content = Fraction(
+            math.gcd(*(c.numerator for c in value.values())),
+            math.lcm(*(c.denominator for c in value.values())),
+        )
         rest = {monomial: coefficient / content for monomial, coefficient in value.items()}
         exponents, sign = Counter(), 1
         for n, exponent in ((content.numerator, q), (content.denominator, -q)):

@@ -66,7 +66,7 @@ def token_rewards(scores, mask, kind="qrm"):
     Algorithm 1), for the level of scores is arbitrary. An ORM knows only the last token's: paid to
     all.
     """
-    if kind == "orm":
+    if kind in ("orm", "value"):
         scores = (scores * last_token(mask)).sum(1, keepdim=True) * mask
     return whiten(scores, mask.float())
 

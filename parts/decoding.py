@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from parts.formats import BadInput
-from parts.models import STEP_END, encode_prompt, end_ids
+from parts.models import encode_prompt, end_ids
 
 # --------------------------------------------------------------------------------------------------
 # What sampling is.
@@ -217,16 +217,17 @@ def longest_context(config):
 
 
 class StepEnd:
-    """Which tokens close a step, that is, complete a blank line after some text."""
+    """Which tokens close a step, that is, complete a blank line (or, with step_end "\n", a line)
+    after some text."""
 
-    def __init__(self, tokenizer, device, size=0):
+    def __init__(self, tokenizer, device, size=0, step_end="\n\n"):
         count = max(len(tokenizer), size)
         texts = tokenizer.batch_decode([[i] for i in range(count)], skip_special_tokens=False)
 
         def flag(test):
             return torch.tensor([bool(test(text)) for text in texts], device=device)  # (V,)
 
-        self.blank, self.text = flag(lambda s: STEP_END in s), flag(lambda s: s.strip())
+        self.blank, self.text = flag(lambda s: step_end in s), flag(lambda s: s.strip())
         self.starts, self.ends = flag(lambda s: s.startswith("\n")), flag(
             lambda s: s.endswith("\n")
         )
@@ -319,8 +320,8 @@ def sample(
 
     `stop="step"` also stops at the end of the first step. `keys` (ints) name the prompts for the
     noise (default: their index). Raises BadInput for a prompt that does not fit the model.
-    Comes along: all above it in this file; STEP_END, encode_prompt and end_ids of parts/models.py;
-    BadInput of parts/formats.py.
+    Comes along: all above it in this file; encode_prompt and end_ids of parts/models.py with what
+    they call; BadInput of parts/formats.py.
     """
     model.eval()
     device, ends = next(model.parameters()).device, end_ids(tokenizer, model.generation_config)

@@ -7,21 +7,55 @@ tokenizer without tokens.
 """
 
 import contextlib
+import datetime
 import functools
 import os
 import shutil
 import socket
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from parts.formats import BadInput
 
-STEP_END = "\n\n"  # closes a step in a response; the last one is closed by the response's end
-
+STEP_ENDS = {
+    "blank": "\n\n",
+    "line": "\n",
+}  # what closes a step; the response's end closes the last
+FIXED_DATE = datetime.date(2024, 7, 26)  # where a chat template prints today's
 
 # --------------------------------------------------------------------------------------------------
 # Text to token ids.
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How questions are put to a model, and how it writes steps. Saved with what is trained."""
+
+    prompt: str = "{question}"  # a text around the question
+    system: str | None = None  # a system turn before it
+    steps: str = "blank"  # what stands between steps: a blank line, or a line's end
+
+    @property
+    def step_end(self):
+        return STEP_ENDS[self.steps]
+
+    def ask(self, prompt):
+        """A question, or chat messages of which it is the last, as this model is asked it."""
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = self.prompt.replace("{question}", turns[-1]["content"])
+        turns = [*turns[:-1], turns[-1] | {"content": text}]
+        if self.system and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": self.system}, *turns]
+        return text if len(turns) == 1 else turns
+
+
+def layout_of(cfg):
+    """The Layout that the options --prompt, --system and --step_end describe."""
+    if "{question}" not in cfg.prompt:
+        raise BadInput(f"--prompt {cfg.prompt}: wanted a text with {{question}} in it")
+    return Layout(cfg.prompt, cfg.system, cfg.step_end)
 
 
 def question_of(prompt):
@@ -31,31 +65,56 @@ def question_of(prompt):
 
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt (a question, or a list of chat messages) up to where the response
-    begins.
-
-    The model's own chat template where it has one; a base model without one gets the bare text and
-    a blank line.
-    """
+    begins: by the model's own chat template; a base model without one gets the bare text and a
+    blank line. Raises BadInput where the template refuses the messages."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        options = {"add_generation_prompt": True, "return_dict": True}
-        return list(tokenizer.apply_chat_template(messages, **options)["input_ids"])
+        return list(tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"])
     turns = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    return list(tokenizer(STEP_END.join(turns) + STEP_END)["input_ids"])
+    ids = list(tokenizer("\n\n".join(turns) + "\n\n")["input_ids"])
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers append it
+
+
+def render(tokenizer, messages, add_generation_prompt=True):
+    """The text that a chat template makes of messages; the same text every day."""
+    options = {"strftime_now": FIXED_DATE.strftime, "add_generation_prompt": add_generation_prompt}
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # of jinja, which is not imported here
+        roles = ", ".join(message["role"] for message in messages)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"the chat template refuses the turns {roles}: {reason}") from None
 
 
 @functools.lru_cache(100_000)
 def token_ids(tokenizer, text):
     """Ids of a step's text, as the middle of a response. Cached: steps recur in sampled data."""
+    ids, before = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in ("\n" + text, "\n"))
+    if ids[: len(before)] == before:  # by itself, SentencePiece would put a space in front
+        return ids[len(before) :]
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+@functools.lru_cache
+def closing_id(tokenizer):
+    """The id that closes a response: the first special one that the chat template puts behind an
+    assistant's turn, else the tokenizer's end-of-text. (A base model's may not be its template's.)
+    """
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "23456"}]
+        behind = render(tokenizer, turns, False).rpartition("23456")[2]
+        for i in tokenizer(behind, add_special_tokens=False)["input_ids"]:
+            if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder:
+                return i
+    return tokenizer.eos_token_id
+
+
 def end_ids(tokenizer, generation_config=None):
-    """Every id that ends a response: the tokenizer's and those that a model's generation config
-    names."""
+    """Every id that ends a response: the tokenizer's, the chat template's, and those that a model's
+    generation config names."""
     named = getattr(generation_config, "eos_token_id", None)
     named = named if isinstance(named, list) else [named]
-    return sorted({tokenizer.eos_token_id, *named} - {None})
+    return sorted({tokenizer.eos_token_id, closing_id(tokenizer), *named} - {None})
 
 
 # --------------------------------------------------------------------------------------------------

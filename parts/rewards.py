@@ -12,6 +12,7 @@ is an ordinary token or sequence classifier with one label, read as a value. An 
 reference in reference/.
 """
 
+import dataclasses
 import json
 import os
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from parts.formats import BadInput
-from parts.models import STEP_END, encode_prompt, load_config, load_model, load_policy
+from parts.models import Layout, closing_id, encode_prompt, load_config, load_model, load_policy
 from parts.models import load_tokenizer, save_model, token_ids, token_logits
 from parts.runs import write_json
 from parts.training import over_rows, token_logprobs
@@ -45,10 +46,11 @@ class RewardModel(torch.nn.Module):
         scale=1.0,
         beta=1.0,
         temperature=1.0,
+        layout=Layout(),
     ):
         super().__init__()
         self.model, self.tokenizer, self.kind, self.reference = model, tokenizer, kind, reference
-        self.scale, self.beta, self.temperature = scale, beta, temperature
+        self.scale, self.beta, self.temperature, self.layout = scale, beta, temperature, layout
         self.config, self.layers = model.config, model.config.num_hidden_layers
         if reference is not None:
             reference.eval().requires_grad_(False)
@@ -95,7 +97,7 @@ class RewardModel(torch.nn.Module):
         """How a trajectory is spelled for this model -> input_ids, prompt_length, step_ends as
         data.encode_trajectory. All kinds but `value` have learned with the end-of-response token,
         at which a whole response is read; one that was cut off (not `finished`) has none."""
-        input_ids, step_ends = encode_prompt(self.tokenizer, prompt), []
+        input_ids, step_ends = encode_prompt(self.tokenizer, self.layout.ask(prompt)), []
         prompt_length = len(input_ids)
         for step in steps[:-1]:
             input_ids += self.step_ids(step)
@@ -109,8 +111,8 @@ class RewardModel(torch.nn.Module):
     def step_ids(self, step, last=False):
         """Token ids of a step with what closes it: a blank line, or the end of the response."""
         if not last:
-            return list(token_ids(self.tokenizer, step + STEP_END))
-        closing = [] if self.kind == "value" else [self.tokenizer.eos_token_id]
+            return list(token_ids(self.tokenizer, step + self.layout.step_end))
+        closing = [] if self.kind == "value" else [closing_id(self.tokenizer)]
         return list(token_ids(self.tokenizer, step)) + closing
 
     def values(self, last, total, count):
@@ -165,9 +167,11 @@ class RewardModel(torch.nn.Module):
         save_model(folder, self.model, self.tokenizer)
         if self.reference is not None:
             save_model(os.path.join(folder, "reference"), self.reference, self.tokenizer)
-        if self.kind != "value":
-            numbers = {"qrm": ["scale"], "implicit": ["beta", "temperature"]}.get(self.kind, [])
-            about = {"kind": self.kind} | {name: getattr(self, name) for name in numbers}
+        numbers = {"qrm": ["scale"], "implicit": ["beta", "temperature"]}.get(self.kind, [])
+        about = {"kind": self.kind} | {name: getattr(self, name) for name in numbers}
+        if self.layout != Layout():
+            about["layout"] = dataclasses.asdict(self.layout)
+        if about != {"kind": "value"}:
             write_json(os.path.join(folder, "reward.json"), about)
 
 
@@ -189,15 +193,15 @@ def pad_rows(rows, pad_id, device):
 # Constructors.
 
 
-def new_reward_model(name, tokenizer, dtype, seed=0, kind="value", scale=1.0, option="--model"):
+def new_reward_model(name, tokenizer, dtype, seed=0, kind="value", **about):
     """A reward model to train: a policy gets a new head, a token or sequence classifier with one
     label keeps its own.
 
     A published sequence classifier has the same `score.weight`. Raises BadInput where the head is
     no single number.
     """
-    model = load_classifier(name, dtype, seed, ("score.", "classifier."), option)
-    return RewardModel(model, tokenizer, kind, scale=scale)
+    model = load_classifier(name, dtype, seed, ("score.", "classifier."))
+    return RewardModel(model, tokenizer, kind, **about)
 
 
 def load_classifier(name, dtype, seed=0, new=(), option="--model"):
@@ -224,11 +228,14 @@ def load_reward_model(name, dtype, device="cpu", option="--model"):
         if os.path.exists(path):
             with open(path) as f:
                 about = json.load(f)
-        kind = about.pop("kind", "value")
+        kind, layout = about.pop("kind", "value"), Layout(**about.pop("layout", {}))
         numbers = {key: float(value) for key, value in about.items()}
         if kind not in REDUCE or not numbers.keys() <= {"scale", "beta", "temperature"}:
             raise ValueError
-    except (ValueError, TypeError, AttributeError):
+        if kind == "implicit" and "beta" not in numbers:
+            raise ValueError
+        layout.step_end
+    except (ValueError, TypeError, AttributeError, KeyError):
         wanted = "'kind': value, orm, qrm with 'scale', or implicit with 'beta' and 'temperature'"
         raise BadInput(f"{option}: {path} is damaged; wanted {wanted}") from None
     tokenizer, reference = load_tokenizer(name, option), None
@@ -237,5 +244,5 @@ def load_reward_model(name, dtype, device="cpu", option="--model"):
         reference = load_policy(os.path.join(name, "reference"), dtype, option)
     else:
         model = load_classifier(name, dtype, option=option)
-    reward = RewardModel(model, tokenizer, kind, reference, **numbers)
+    reward = RewardModel(model, tokenizer, kind, reference, layout=layout, **numbers)
     return reward.to(device).eval().requires_grad_(False)

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint as recompute
 
 from parts.formats import BadInput
-from parts.models import save_model, token_logits
+from parts.models import STEP_ENDS, Layout, save_model, token_logits
 from parts.runs import opt
 
 WARMUP = 0.03  # share of the steps in which the learning rate rises
@@ -50,6 +50,9 @@ class TrainConfig:
     dtype: str = opt("auto", "weights; auto: bfloat16 on GPUs only", choices=DTYPES)
     grad_checkpoint: bool = opt(False, "recompute activations: less memory, a third more time")
     compile: bool = opt(False, "torch.compile the layers: slow to start, then 5 to 20% faster")
+    prompt: str = opt("{question}", "what the model is asked, with {question} in it")
+    system: str | None = opt(None, "a system turn before the question")
+    step_end: str = opt("blank", "what ends a step: a blank line, or a line", choices=STEP_ENDS)
     seed: int = opt(0, "of the data and its order", low=0, high=2**32 - 1)
     save_every: int = opt(200, "steps between checkpoints; 0: none before the end", low=0)
     eval_every: int = opt(200, "steps between evaluations; 0: only at the end", low=0)
@@ -72,8 +75,8 @@ def token_logprobs(model, input_ids, mask, temperature=1.0, at_once=2**25):
     hidden, targets = hidden[:, :-1][mask], input_ids[:, 1:][mask]  # (n, hidden), (n,)
 
     def project(hidden, targets):
-        logits = token_logits(model, hidden).float() / temperature
-        logp = F.log_softmax(logits, dim=-1)  # (tokens of a chunk, V)
+        # No name for the logits: it would keep one array of (tokens of a chunk, V) more.
+        logp = F.log_softmax(token_logits(model, hidden).float() / temperature, dim=-1)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return logp.gather(1, targets[:, None])[:, 0], entropy
 
@@ -92,9 +95,9 @@ class Policy(torch.nn.Module):
     """A causal LM as the map from tokens to their log-probs. DDP needs the forward to be one
     module's."""
 
-    def __init__(self, model, tokenizer):
+    def __init__(self, model, tokenizer, layout=Layout()):
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.layout = model, tokenizer, layout
 
     def forward(self, input_ids, mask, temperature=1.0):
         return token_logprobs(self.model, input_ids, mask, temperature)

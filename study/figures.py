@@ -1,102 +1,274 @@
-"""Figures of the study as small SVG files that follow the reader's light or dark page: lines, traces, boxes."""
+"""Figures of the study as small SVG files that follow the reader's light or dark page.
+
+A method has one colour in all of them; a dashed or dotted line is the same method otherwise used. No
+figure has more than four curves: the tables have every row."""
+
 import math
 import os
 
-COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c755f", "#76b7b2", "#edc948")
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 340, 48, 52, 340, 40
+from tables import METHODS, spread
 
+GREY = "#888"
+COLOURS = {
+    "TDRM": "#4e79a7",
+    "ScalarPRM": "#f28e2b",
+    "ScalarORM": "#59a14f",
+    "Q-RM": "#e15759",
+    "ORM": "#9c755f",
+    "DPO-RM": "#b07aa1",
+    "PRIME": "#3aa6a0",
+    "outcomes": GREY,  # the verifier alone
+}
+DASHES = {"": "", "dashed": ' stroke-dasharray="7 4"', "dotted": ' stroke-dasharray="2 3"'}
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 700, 360, 48, 76, 16, 40
 
-class Panel:
-    """One pair of axes, y from 0 to `top`, within left..right of a drawing; x by its value or its logarithm."""
-
-    def __init__(self, xs, x_label, left=LEFT, right=WIDTH - RIGHT, log_x=False, margin=0.0, top=1.0):
-        self.at = (lambda x: math.log2(x)) if log_x else float
-        low, high = self.at(xs[0]) - margin, self.at(xs[-1]) + margin
-        self.x = lambda x: round(left + (self.at(x) - low) / (high - low or 1) * (right - left), 1)
-        self.y = lambda y: round(HEIGHT - BOTTOM - min(1, max(0, y / top)) * (HEIGHT - TOP - BOTTOM), 1)
-        self.parts = []
-        for tick in (0, top / 4, top / 2, 3 * top / 4, top):
-            self.parts.append(f'<line class="g" x1="{left}" x2="{right}" y1="{self.y(tick)}" y2="{self.y(tick)}"/>')
-            if left == LEFT:
-                self.parts.append(text(left - 6, self.y(tick) + 4, f"{tick:.3g}", "end"))
-        for x in xs if len(xs) < 9 else xs[::len(xs) // 6]:
-            self.parts.append(text(self.x(x), HEIGHT - BOTTOM + 16, f"{x // 1000:,}k" if x >= 10_000 else f"{x:g}", "middle"))
-        self.parts.append(text((left + right) / 2, HEIGHT - 6, x_label, "middle"))
-
-    def line(self, points, colour, dashed=False):
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
-        self.parts.append(f'<polyline points="{" ".join(f"{self.x(x)},{self.y(y)}" for x, y in points)}" fill="none" stroke="{colour}" '
-                          f'stroke-width="2"{dash}/>')
-
-    def band(self, points, colour):
-        """points (x, mean, half an interval)."""
-        edge = [f"{self.x(x)},{self.y(m + h)}" for x, m, h in points] + [f"{self.x(x)},{self.y(m - h)}" for x, m, h in reversed(points)]
-        self.parts.append(f'<polygon points="{" ".join(edge)}" fill="{colour}" opacity="0.15"/>')
-
-    def box(self, x, offset, five, colour, width=9):
-        """Whiskers from the first to the last of five quantiles, a box between the second and the fourth, a bar at the third."""
-        low, q1, middle, q3, high = map(self.y, five)
-        centre = self.x(x) + offset
-        self.parts.append(f'<line x1="{centre}" x2="{centre}" y1="{low}" y2="{high}" stroke="{colour}"/>'
-                          f'<rect x="{centre - width / 2}" y="{q3}" width="{width}" height="{max(1, round(q1 - q3, 1))}" fill="{colour}" opacity="0.6"/>'
-                          f'<line x1="{centre - width / 2}" x2="{centre + width / 2}" y1="{middle}" y2="{middle}" stroke="{colour}" stroke-width="2"/>')
+# --------------------------------------------------------------------------------------------------
+# What a drawing is made of.
 
 
 def text(x, y, what, anchor="start", size=11):
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}">{what}</text>'
 
 
-def legend(names, colours):
-    return [f'<rect x="{WIDTH - RIGHT + 10}" y="{TOP + 6 + 18 * i}" width="10" height="10" fill="{colour}"/>'
-            + text(WIDTH - RIGHT + 25, TOP + 15 + 18 * i, name) for i, (name, colour) in enumerate(zip(names, colours))]
+def segment(x1, y1, x2, y2, colour, width=1.5):
+    points = f'x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"'
+    return f'<line {points} stroke="{colour}" stroke-width="{width}"/>'
 
 
-def write(path, title, y_label, parts):
-    """`title`: what the figure says, a newline, and what it shows."""
-    finding, _, shown = title.partition("\n")
+class Panel:
+    """One pair of axes, y from 0 to `top`, between two x of a drawing."""
+
+    def __init__(self, xs, x_label, left=LEFT, right=WIDTH - RIGHT, log=False, margin=0.0, top=1.0):
+        self.xs, self.log, self.margin = xs, log, margin
+        self.left, self.right, self.top = left, right, top
+        self.parts = []
+        step = 0.25 if top > 0.5 else 0.1
+        for i in range(round(top / step) + 1):
+            y = self.y(i * step)
+            self.parts.append(f'<line class="g" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
+            if left == LEFT:
+                self.parts.append(text(left - 6, y + 4, f"{i * step:.2g}", "end"))
+        for x in xs:
+            name = f"{x // 1000:,}k" if x >= 10_000 else f"{x:g}"
+            self.parts.append(text(self.x(x), HEIGHT - BOTTOM + 16, name, "middle"))
+        self.parts.append(text((left + right) / 2, HEIGHT - 6, x_label, "middle"))
+
+    def x(self, x):
+        scale = math.log2 if self.log else float
+        low, high = scale(self.xs[0]) - self.margin, scale(self.xs[-1]) + self.margin
+        share = (scale(x) - low) / (high - low or 1)
+        return round(self.left + share * (self.right - self.left), 1)
+
+    def y(self, y):
+        share = min(1, max(0, y / self.top))
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
+
+    def line(self, points, colour, style="", shift=0):
+        path = " ".join(f"{self.x(x) + shift},{self.y(y)}" for x, y in points)
+        look = f'fill="none" stroke="{colour}" stroke-width="2"{DASHES[style]}'
+        self.parts.append(f'<polyline points="{path}" {look}/>')
+
+    def interval(self, x, mean, half, colour, shift=0):
+        place, low, high = self.x(x) + shift, self.y(mean - half), self.y(mean + half)
+        self.parts.append(segment(place, low, place, high, colour))
+        for y in (low, high):
+            self.parts.append(segment(place - 3, y, place + 3, y, colour))
+
+    def box(self, x, shift, quantiles, colour, width=14):
+        """A whisker from the first to the last of five quantiles, a box around the middle three."""
+        low, q1, middle, q3, high = map(self.y, quantiles)
+        centre, tall = self.x(x) + shift, max(1, round(q1 - q3, 1))
+        left, right = centre - width / 2, centre + width / 2
+        shape = f'x="{left}" y="{q3}" width="{width}" height="{tall}"'
+        self.parts.append(segment(centre, low, centre, high, colour))
+        self.parts.append(f'<rect {shape} fill="{colour}" opacity="0.6"/>')
+        self.parts.append(segment(left, middle, right, middle, colour, 2))
+
+
+def legend(entries):
+    """One row above the axes: (name, colour, style) each."""
+    parts, x = [], LEFT
+    for name, colour, style in entries:
+        look = f'stroke="{colour}" stroke-width="3"{DASHES[style]}'
+        parts.append(f'<line x1="{x}" x2="{x + 24}" y1="{TOP - 22}" y2="{TOP - 22}" {look}/>')
+        parts.append(text(x + 29, TOP - 18, name))
+        x += 46 + round(5.7 * len(name))
+    return parts
+
+
+def write(path, title, shown, y_label, parts):
+    """`title`: what the figure says; `shown`: what it shows."""
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    head = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="11">',
-            "<style>text{fill:#333}.g{stroke:#888;stroke-opacity:.3}@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>",
-            text(LEFT, 16, finding, size=14), text(LEFT, 34, shown),
-            f'<text x="12" y="{middle}" transform="rotate(-90 12 {middle})" text-anchor="middle">{y_label}</text>']
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="11"'
+    dark = "@media(prefers-color-scheme:dark){text{fill:#ddd}}"
+    turned = f'transform="rotate(-90 12 {middle})" text-anchor="middle"'
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box}>',
+        f"<style>text{{fill:#333}}.g{{stroke:#888;stroke-opacity:.3}}{dark}</style>",
+        text(LEFT, 16, title, size=14),
+        text(LEFT, 34, shown),
+        f'<text x="12" y="{middle}" {turned}>{y_label}</text>',
+    ]
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as f:
         f.write("\n".join(head + parts + ["</svg>"]) + "\n")
 
 
-def lines(path, title, series, x_label, y_label, log_x=False, level=None):
-    """{name: [(x, mean, half an interval)]} as lines with bands, named from the highest end down; a dashed line at a
-    `level` (name, y)."""
+def lines(path, title, shown, series, x_label, y_label, log=False, level=None):
+    """{(name, method, style): [(x, mean, half an interval)]} as lines with intervals beside each
+    other; a dotted line at a `level` (name, y)."""
     xs = sorted({x for points in series.values() for x, _, _ in points})
-    top = 0.5 if max(m + h for points in series.values() for _, m, h in points) <= 0.5 else 1
-    panel, colours = Panel(xs, x_label, log_x=log_x, top=top), dict(zip(series, COLOURS * 3))
-    for name, points in series.items():
-        panel.band(points, colours[name])
-        panel.line([p[:2] for p in points], colours[name])
-    names = sorted(series, key=lambda name: -series[name][-1][1])
+    highest = max(m + h for points in series.values() for _, m, h in points)
+    top = next(top for top in (0.5, 0.75, 1) if highest <= top or top == 1)
+    panel = Panel(xs, x_label, log=log, margin=0.15 if log else xs[-1] / 40, top=top)
+    entries = []
+    for i, ((name, method, style), points) in enumerate(series.items()):
+        colour, shift = COLOURS[method], 6 * (i - (len(series) - 1) / 2)
+        panel.line([p[:2] for p in points], colour, style, shift)
+        for point in points:
+            panel.interval(*point, colour, shift)
+        entries.append((name, colour, style))
     if level:
-        panel.line([(xs[0], level[1]), (xs[-1], level[1])], "#888", dashed=True)
-    write(path, title, y_label, panel.parts + legend([*names, *(level or ())[:1]], [*[colours[n] for n in names], "#888"]))
+        panel.line([(xs[0], level[1]), (xs[-1], level[1])], GREY, "dotted")
+        entries.append((level[0], GREY, "dotted"))
+    write(path, title, shown, y_label, panel.parts + legend(entries))
 
 
-def traces(path, title, solutions, x_label, y_label):
-    """Side by side, one panel a solution: {"title", "first_error", "values": {name: [y...]}}; a dashed line at the error."""
-    parts, names, width = [], list(solutions[0]["values"]), (WIDTH - LEFT - RIGHT) / len(solutions)
+# --------------------------------------------------------------------------------------------------
+# The figures. A title says what the committed results show.
+
+
+def traces(path, solutions):
+    parts, width, names = [], (WIDTH - LEFT - RIGHT) / len(solutions), list(solutions[0]["values"])
     for i, solution in enumerate(solutions):
-        steps = list(range(1, len(next(iter(solution["values"].values()))) + 1))
-        panel = Panel(steps, x_label, LEFT + i * width, LEFT + (i + 1) * width - 14)
-        for name, colour in zip(names, COLOURS):
-            panel.line(list(zip(steps, solution["values"][name])), colour)
-        if solution["first_error"] >= 0:
-            panel.line([(solution["first_error"] + 1, 0), (solution["first_error"] + 1, 1)], "#888", dashed=True)
-        parts += panel.parts + [text(LEFT + i * width + 2, TOP - 4, solution["title"], size=10)]
-    write(path, title, y_label, parts + legend([*names, "first wrong step"], [*COLOURS[:len(names)], "#888"]))
+        left, wrong = LEFT + i * width, solution["first_error"] + 1
+        steps = list(range(1, len(solution["values"][names[0]]) + 1))
+        panel = Panel(steps, "step", left, left + width - 14, margin=0.2)
+        for name in names:
+            panel.line(list(zip(steps, solution["values"][name])), COLOURS[name])
+        if wrong:
+            panel.line([(wrong, 0), (wrong, 1)], GREY, "dashed")
+        parts += panel.parts + [text(left + 2, TOP - 4, solution["title"], size=10)]
+    entries = [(name, COLOURS[name], "") for name in names]
+    entries.append(("first wrong step", GREY, "dashed"))
+    title, shown = "TDRM's values look ahead", "along three held-out solutions"
+    write(path, title, shown, "value", parts + legend(entries))
 
 
-def boxes(path, title, groups, x_label, y_label):
-    """{name: [five quantiles at x = 1, 2, ...]} as boxes side by side."""
-    panel = Panel(list(range(1, max(map(len, groups.values())) + 1)), x_label, margin=0.5)
+def td_error(path, groups):
+    """{method: [five quantiles of each step]} as boxes side by side."""
+    steps = list(range(1, max(map(len, groups.values())) + 1))
+    panel = Panel(steps, "step", margin=0.5)
     for i, (name, rows) in enumerate(groups.items()):
-        for x, five in enumerate(rows, 1):
-            panel.box(x, 12 * (i - (len(groups) - 1) / 2), five, COLOURS[i])
-    write(path, title, y_label, panel.parts + legend(groups, COLOURS))
+        for x, quantiles in zip(steps, rows):
+            panel.box(x, 18 * (i - (len(groups) - 1) / 2), quantiles, COLOURS[name])
+    parts = panel.parts + legend([(name, COLOURS[name], "") for name in groups])
+    title = "TD errors hardly differ"
+    write(path, title, "by step: quantiles 5, 25, 50, 75, 95%; cut at 1", "TD error", parts)
+
+
+def search_figures(results, at):
+    level = ("one sample", spread(results["pass@1 @ 1"])[0])
+
+    def across(pattern):
+        found = {}
+        for m in METHODS:
+            counts = [n for n in (2, 4, 8, 16, 32, 64) if pattern.format(n, m) in results]
+            points = [(n, *spread(results[pattern.format(n, m)])) for n in counts]
+            found[m, m, ""] = points
+        return found
+
+    shown = "{} on 1000 held-out problems; 95% intervals"
+    title = "Search wants a value for every step"
+    greedy, x_label = across("greedy search {}, {} @ 1"), "next steps sampled from each prefix"
+    shape = {"log": True, "level": level}
+    path = at("greedy-search")
+    lines(path, title, shown.format("greedy search"), greedy, x_label, "accuracy", **shape)
+    title = "The best of many samples is the reward model's worst error"
+    best, path = across("best-of-n, {1} @ {0}"), at("best-of-n")
+    lines(path, title, shown.format("best-of-n"), best, "samples", "accuracy", **shape)
+
+
+def budget(path, results):
+    """Four of the learners."""
+    series = {}
+    for name, style in (
+        ("DPO-RM, outcomes", ""),
+        ("TDRM, outcomes", ""),
+        ("ScalarPRM, step labels", ""),
+        ("TDRM, step labels", "dashed"),
+    ):
+        if name in results:
+            points = [(int(b), *spread(r["greedy"])) for b, r in results[name].items()]
+            series[name, name.split(",")[0], style] = points
+    title = "For the same tokens, outcomes teach more than step labels"
+    shown = "greedy search, b = 8, on 500 held-out problems; 95% intervals"
+    lines(path, title, shown, series, "tokens sampled for data and labels", "accuracy", log=True)
+
+
+CURVES = {  # part: what its figure says, {row: (its name there, method, style)}
+    "rl": (
+        "A reward model alone is gamed; blended with the verifier, it does not help",
+        {
+            "rule-only": ("rule-only", "outcomes", ""),
+            "TDRM blend": ("TDRM blend", "TDRM", ""),
+            "ScalarPRM blend": ("ScalarPRM blend", "ScalarPRM", ""),
+            "PRM-only": ("TDRM only", "TDRM", "dashed"),
+        },
+    ),
+    "prime": (
+        "PRIME gains with the policy as reference and a trained PRM",
+        {
+            "outcomes only": ("outcomes only", "outcomes", ""),
+            "policy reference, offline-trained PRM, online": (
+                "policy as reference, trained PRM",
+                "PRIME",
+                "",
+            ),
+            "control: policy reference, offline-trained PRM, shuffled": (
+                "the same, shuffled",
+                "PRIME",
+                "dotted",
+            ),
+            "PRIME": ("PRIME", "PRIME", "dashed"),
+        },
+    ),
+    "qrm-rl": (
+        "Of reward models from pairs, the log-ratio teaches",
+        {
+            "REINFORCE, DPO-RM": ("DPO-RM, REINFORCE", "DPO-RM", ""),
+            "PPO, DPO-RM": ("DPO-RM, PPO", "DPO-RM", "dashed"),
+            "REINFORCE, Q-RM": ("Q-RM, REINFORCE", "Q-RM", ""),
+            "REINFORCE, ORM": ("ORM, REINFORCE", "ORM", ""),
+        },
+    ),
+}
+
+
+def curves(path, part, results):
+    title, rows = CURVES[part]
+    series = {}
+    for row, what in rows.items():
+        if row in results:
+            by_point = zip(*results[row]["curve"])
+            series[what] = [(p[0][0], *spread([x[1] for x in p])) for p in by_point]
+    shown = "pass@1 on held-out questions of 8 to 14 operations; 95% intervals"
+    lines(path, title, shown, series, "questions seen", "pass@1")
+
+
+def draw(results, folder):
+    """All figures that the results allow."""
+
+    def at(name):
+        return os.path.join(folder, name + ".svg")
+
+    if "tdrm" in results:
+        traces(at("traces"), results["tdrm"]["traces"])
+        td_error(at("td-error"), results["tdrm"]["td_error_by_step"])
+    if "search" in results:
+        search_figures(results["search"], at)
+    if "budget" in results:
+        budget(at("budget"), results["budget"])
+    for part in CURVES:
+        if part in results:
+            curves(at(part), part, results[part])

@@ -1,130 +1,175 @@
-"""Random SIGKILLs over short runs, resumed each time: `python tests/kills.py [--kills 100] [--scripts sft tdrm ...]`.
+"""Random SIGKILLs over short runs, resumed each time: `python study/kills.py [--kills 100]`.
 
-Every script runs under torchrun on two processes, as a user starts it; at a random moment all its processes are killed
-and the same command with --resume goes on, until the script's share of kills is spent; then it may end. Its final
-weights must be bitwise those of a run that nobody disturbed, and at no time may a checkpoint be lost: what a resumed
-run starts from is at least as far as the last one that was complete before.
+Every training script runs on two processes, started as torchrun starts them but with their imports
+done, so that kills hit the run and not its start. At a random moment both are killed, and the same
+command with --resume goes on, until the script's share of kills is spent; then it may end. Its final
+weights must be bitwise those of a run that nobody disturbed, and at no time may a checkpoint be lost:
+what a resumed run starts from is at least as far as the last one that was complete before.
 """
+
 import argparse
 import json
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
+import runpy
+import socket
 import sys
 import tempfile
 import time
-
-from safetensors import safe_open
+from signal import SIGKILL
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+SETTING = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+SETTING |= {"PYTHONPATH": ROOT, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
 
-RL = ["--steps", "6", "--prompts_per_step", "2", "--group_size", "2", "--max_new_tokens", "6", "--eval_problems", "2", "--show_every", "0"]
-SCRIPTS = {"sft": ["--data", "rows.jsonl", "--steps", "12", "--batch_size", "4", "--max_new_tokens", "4", "--eval_problems", "2"],
-           "tdrm": ["--data", "rows.jsonl", "--steps", "12", "--batch_size", "4"],
-           "rl": ["--data", "problems.jsonl", "--prm", "prm", "--prm_lr", "1e-3", *RL],
-           "prime": ["--data", "problems.jsonl", "--accuracy", "0", "1", *RL],
-           "qrm": ["--data", "pairs.jsonl", "--steps", "12", "--batch_size", "4"]}
+RL = "--steps 6 --prompts_per_step 2 --group_size 2 --max_new_tokens 6 --eval_problems 2"
+SFT = "--steps 12 --batch_size 4"
+SCRIPTS = {
+    "sft": f"--data rows.jsonl {SFT} --max_new_tokens 4 --eval_problems 2",
+    "tdrm": f"--data rows.jsonl {SFT}",
+    "rl": f"--data problems.jsonl --prm prm --prm_lr 1e-3 {RL}",
+    "prime": f"--data problems.jsonl --accuracy 0 1 {RL}",
+    "qrm": f"--data pairs.jsonl {SFT}",
+}
+COMMON = "--model policy --save_every 1 --eval_every 0"
 
 
 def prepare(folder):
     """A tiny policy and reward model, rows, problems and pairs."""
+    import torch
+
     import data
-    import sft_minimal as sft
-    import tdrm_minimal as tdrm
+    from parts.models import save_model
+    from parts.rewards import new_reward_model
+    from sft_minimal import new_policy
+
     tokenizer = data.builtin_tokenizer()
-    sft.save_model(folder + "/policy", sft.new_policy(tokenizer, 0), tokenizer)
-    sft.save_model(folder + "/prm", tdrm.load_reward_model(folder + "/policy"), tokenizer)
+    save_model(folder + "/policy", new_policy(tokenizer, 0), tokenizer)
+    new_reward_model(folder + "/policy", tokenizer, torch.float32).save(folder + "/prm")
     problems = data.make_problems(12)
-    rows = data.make_trajectories(problems, 2, label_rollouts=2)
-    pairs = [{"prompt": a["prompt"], "chosen": "\n\n".join(a["completions"]), "rejected": "1+1=2"} for a in rows]
-    for name, what in (("rows", rows), ("problems", problems), ("pairs", pairs)):
+    rows, pairs = data.make_trajectories(problems, 2, label_rollouts=2), []
+    for row in rows:
+        chosen = "\n\n".join(row["completions"])
+        pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": "1+1=2"})
+        del row["first_error"]
+    for name, content in (("rows", rows), ("problems", problems), ("pairs", pairs)):
         with open(f"{folder}/{name}.jsonl", "w") as f:
-            keep = ("question", "answer", "prompt", "completions", "labels", "correct", "chosen", "rejected")
-            f.writelines(json.dumps({k: v for k, v in row.items() if k in keep}) + "\n" for row in what)
+            f.writelines(json.dumps(row) + "\n" for row in content)
 
 
-def command(script, out):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d",
-                "--rdzv_endpoint=localhost:0"]
-    return [*torchrun, os.path.join(ROOT, f"{script}_minimal.py"), "--model", "policy", "--save_every", "1", "--eval_every", "0",
-            *SCRIPTS[script], "--out", out]
+def work(script, arguments, folder, log, environment):
+    """One process of a run."""
+    os.environ |= environment
+    os.chdir(folder)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
-def start(script, out, folder, resume):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with open(f"{folder}/{out}.log", "ab") as log:
-        return subprocess.Popen([*command(script, out), *(["--resume"] if resume else [])], cwd=folder, env=environment, stdout=log,
-                                stderr=log, start_new_session=True)
+def start(context, name, out, folder):
+    """A run, or what is left to do of it -> its two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = os.path.join(ROOT, f"{name}_minimal.py")
+    arguments = f"{COMMON} {SCRIPTS[name]} --out {out} --resume".split()
+    processes = []
+    for rank in range(2):
+        mine = {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        args = (script, arguments, folder, f"{folder}/{out}.log", mine)
+        processes.append(context.Process(target=work, args=args))
+        processes[-1].start()
+    return processes
 
 
-def kill(process):
-    """torchrun and all it started, at once: nobody has time to clean up."""
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
-    for pid in [process.pid, *map(int, children)]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    process.wait()
+def wait(processes, seconds=600.0):
+    """Until both have ended, or for so long -> their exit codes, None of one that still runs."""
+    end = time.time() + seconds
+    for process in processes:
+        process.join(max(0, end - time.time()))
+    return [process.exitcode for process in processes]
 
 
 def steps_done(place):
-    states = [name for name in os.listdir(place + "/state") if name.startswith("step_")] if os.path.isdir(place + "/state") else []
-    return max((int(name.removeprefix("step_")) for name in states), default=0)
+    states = os.path.join(place, "state")
+    names = os.listdir(states) if os.path.isdir(states) else []
+    steps = [int(name.removeprefix("step_")) for name in names if name.startswith("step_")]
+    return max(steps, default=0)
 
 
 def weights(place):
     """All tensors of a finished run's model folders, as bytes."""
+    from safetensors import safe_open
+
     found = {}
     for folder, _, files in os.walk(place):
-        if "/state" not in folder and "model.safetensors" in files:
-            with safe_open(folder + "/model.safetensors", "pt") as f:
-                found |= {(os.path.relpath(folder, place), key): f.get_tensor(key).numpy().tobytes() for key in f.keys()}
+        if "/state" in folder or "model.safetensors" not in files:
+            continue
+        with safe_open(folder + "/model.safetensors", "pt") as f:
+            for key in f.keys():
+                name = os.path.relpath(folder, place), key
+                found[name] = f.get_tensor(key).numpy().tobytes()
     return found
 
 
-def campaign(script, kills, folder, rng):
-    """-> kills that hit a running script. Raises AssertionError where a run did not come out the same."""
-    begin = time.time()
-    assert start(script, f"{script}-whole", folder, False).wait() == 0, open(f"{folder}/{script}-whole.log").read()[-2000:]
-    seconds, done, hits, rounds = time.time() - begin, 0, 0, 0
+def campaign(context, name, kills, folder, rng):
+    """-> kills that hit a running script, runs. AssertionError where one did not come out the same."""
+
+    def tail(out):
+        with open(f"{folder}/{out}.log") as f:
+            return f.read()[-2000:]
+
+    whole, begin, hits, rounds = f"{name}-whole", time.time(), 0, 0
+    assert wait(start(context, name, whole, folder)) == [0, 0], tail(whole)
+    seconds = time.time() - begin
     while hits < kills:
-        out = f"{script}-killed{rounds}"
-        rounds, done, finished = rounds + 1, 0, False
+        out, done, finished = f"{name}-killed{rounds}", 0, False
+        rounds += 1
         while not finished:
-            process = start(script, out, folder, True)
-            if hits < kills:
-                try:
-                    process.wait(rng.uniform(0.4, 1.1) * seconds)  # start-up takes most of it: also there
-                except subprocess.TimeoutExpired:
-                    kill(process)
-                    hits += 1
-            finished = process.wait() == 0
-            now = steps_done(f"{folder}/{out}")
-            assert now >= done, f"{script}: a checkpoint was lost, step {done} -> {now}"
-            assert finished or process.returncode == -signal.SIGKILL, open(f"{folder}/{out}.log").read()[-2000:]
+            processes = start(context, name, out, folder)
+            moment = rng.uniform(0.1, 1.1) * seconds if hits < kills else 600
+            codes = wait(processes, moment)
+            if None in codes:
+                hits += 1
+                for process in processes:
+                    process.kill()
+                codes = wait(processes)
+            finished, now = codes == [0, 0], steps_done(f"{folder}/{out}")
+            assert finished or -SIGKILL in codes, tail(out)
+            assert now >= done, f"{name}: a checkpoint was lost, step {done} -> {now}"
             done = now
-        assert weights(f"{folder}/{out}") == weights(f"{folder}/{script}-whole"), f"{script}: other weights after kills"
-        assert weights(f"{folder}/{out}"), f"{script}: no weights"
+        found = weights(f"{folder}/{out}")
+        assert found and found == weights(f"{folder}/{whole}"), f"{name}: other weights after kills"
     return hits, rounds
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--kills", type=int, default=100, help="of all scripts together")
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rng = random.Random(args.seed)
+    os.environ |= SETTING
+    rng, context = random.Random(args.seed), multiprocessing.get_context("forkserver")
+    modules = ["prime_minimal", "qrm_minimal", "torch.distributed.optim"]
+    context.set_forkserver_preload([*modules, "transformers.models.qwen2.modeling_qwen2"])
     with tempfile.TemporaryDirectory() as folder:
-        prepare(folder)
-        for i, script in enumerate(args.scripts):
-            share = (i + 1) * args.kills // len(args.scripts) - i * args.kills // len(args.scripts)
+        first = context.Process(target=prepare, args=(folder,))  # waits for the imports
+        first.start()
+        assert wait([first]) == [0]
+        shares = [args.kills // len(args.scripts)] * len(args.scripts)
+        for i in range(args.kills % len(args.scripts)):
+            shares[i] += 1
+        for name, share in zip(args.scripts, shares):
             if share:
-                hits, rounds = campaign(script, share, folder, rng)
-                print(f"{script}: {hits} kills in {rounds} runs; final weights bitwise those of the undisturbed run", flush=True)
+                hits, rounds = campaign(context, name, share, folder, rng)
+                same = "final weights bitwise those of the undisturbed run"
+                print(f"{name}: {hits} kills in {rounds} runs; {same}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""What a training step really holds, beside what estimate.py says: `python tests/memory.py [NAME...]`.
+"""What a training step really holds, beside what parts/estimate.py says: `python study/memory.py`.
 
-Each setting is two optimizer steps of the scripts' own functions on CPU processes of their own, on a Qwen2.5-0.5B shape
-with random weights, fewer layers and, mostly, fewer words. Bytes are counted where they are allocated (the profiler's
-allocator events), so a tensor counts as long as it lives; what Python, gloo and the matrix library take is not in it.
+Each setting is two optimizer steps of the project's own functions on CPU processes of their own, on a
+Qwen2.5-0.5B shape with random weights, fewer layers and, mostly, fewer words. Bytes are counted where
+they are allocated (the profiler's allocator events), so a tensor counts as long as it lives; what
+Python, gloo and the matrix library take is not in it. `python study/memory.py NAME...`: only these.
 """
+
 import json
 import os
 import socket
 import subprocess
 import sys
-import types
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -32,102 +34,143 @@ class Setting:
     mlp: int = 4864
 
 
+F32, B16 = "float32", "bfloat16"
 SETTINGS = {
-    "sft-fp32": Setting("sft", "float32", 1, False, 2, 1, 256, 2),  # two chunks of logits; tied embeddings
-    "sft-bf16-checkpoint": Setting("sft", "bfloat16", 1, True, 4, 2, 256, 4, 32000),
-    "sft-fp32-2ranks-checkpoint": Setting("sft", "float32", 2, True, 2, 1, 256, 2, 32000),
-    "sft-bf16-2ranks": Setting("sft", "bfloat16", 2, False, 2, 1, 192, 2),
-    "tdrm-fp32": Setting("tdrm", "float32", 1, False, 2, 1, 1024, 4, 8000),
-    "tdrm-fp32-checkpoint": Setting("tdrm", "float32", 1, True, 4, 4, 512, 4, 8000),
-    "tdrm-bf16": Setting("tdrm", "bfloat16", 1, False, 4, 4, 512, 3, 8000),
-    "tdrm-bf16-2ranks": Setting("tdrm", "bfloat16", 2, False, 2, 1, 512, 3),
-    "tdrm-bf16-2ranks-checkpoint": Setting("tdrm", "bfloat16", 2, True, 2, 2, 512, 4, 32000),
-    "rl-fp32": Setting("rl", "float32", 1, False, 8, 2, 96, 2, 32000),
-    "rl-bf16-2ranks-checkpoint": Setting("rl", "bfloat16", 2, True, 8, 4, 96, 2, 32000),
-    "glm4-bf16": Setting("tdrm", "bfloat16", 1, False, 2, 1, 1024, 3, 8000, "glm4", 1024, 3072),
-    "llama-sft-bf16": Setting("sft", "bfloat16", 1, False, 2, 2, 512, 3, 32000, "llama", 1024, 3072),
+    "sft-fp32": Setting(
+        "sft", F32, 1, False, 2, 1, 256, 2
+    ),  # two chunks of logits; tied embeddings
+    "sft-bf16-checkpoint": Setting("sft", B16, 1, True, 4, 2, 256, 4, 32000),
+    "sft-fp32-2ranks-checkpoint": Setting("sft", F32, 2, True, 2, 1, 256, 2, 32000),
+    "sft-bf16-2ranks": Setting("sft", B16, 2, False, 2, 1, 192, 2),
+    "tdrm-fp32": Setting("tdrm", F32, 1, False, 2, 1, 1024, 4, 8000),
+    "tdrm-fp32-checkpoint": Setting("tdrm", F32, 1, True, 4, 4, 512, 4, 8000),
+    "tdrm-bf16": Setting("tdrm", B16, 1, False, 4, 4, 512, 3, 8000),
+    "tdrm-bf16-2ranks": Setting("tdrm", B16, 2, False, 2, 1, 512, 3),
+    "tdrm-bf16-2ranks-checkpoint": Setting("tdrm", B16, 2, True, 2, 2, 512, 4, 32000),
+    "rl-fp32": Setting("rl", F32, 1, False, 8, 2, 96, 2, 32000),
+    "rl-bf16-2ranks-checkpoint": Setting("rl", B16, 2, True, 8, 4, 96, 2, 32000),
+    "glm4-bf16": Setting("tdrm", B16, 1, False, 2, 1, 1024, 3, 8000, "glm4", 1024, 3072),
+    "llama-sft-bf16": Setting("sft", B16, 1, False, 2, 2, 512, 3, 32000, "llama", 1024, 3072),
 }
 PROMPT = 32  # in place of estimate.PROMPT
 
 
 def config_of(s):
     from transformers import AutoConfig
-    heads = {"num_attention_heads": s.hidden // 64, "num_key_value_heads": 2, "head_dim": 64}
-    return AutoConfig.for_model(
-        s.model, hidden_size=s.hidden, intermediate_size=s.mlp, num_hidden_layers=s.layers, vocab_size=s.vocab,
-        tie_word_embeddings=s.model == "qwen2", max_position_embeddings=4096, classifier_dropout=0.0,
-        token_classification_bias=False, pad_token_id=0, eos_token_id=1, bos_token_id=None, **heads)
+
+    shape = {"hidden_size": s.hidden, "intermediate_size": s.mlp, "num_hidden_layers": s.layers}
+    shape |= {"num_attention_heads": s.hidden // 64, "num_key_value_heads": 2, "head_dim": 64}
+    shape |= {"vocab_size": s.vocab, "max_position_embeddings": 4096, "num_labels": 1}
+    shape |= {"tie_word_embeddings": s.model == "qwen2", "classifier_dropout": 0.0}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    return AutoConfig.for_model(s.model, token_classification_bias=False, **shape, **ids)
 
 
 def options_of(s):
-    import rl_minimal as rl
-    import sft_minimal as sft
-    import tdrm_minimal as tdrm
-    common = dict(batch_size=s.rows * s.world, micro_batch_size=s.micro, max_length=s.length, dtype=s.dtype,
-                  grad_checkpoint=s.grad_checkpoint)
+    from parts import estimate
+
+    sizes = {"batch_size": s.rows * s.world, "micro_batch_size": s.micro, "max_length": s.length}
+    sizes |= {"dtype": s.dtype, "grad_checkpoint": s.grad_checkpoint, "world": s.world}
     if s.kind == "rl":
-        return rl.Config(**common, prompts_per_step=s.rows * s.world // 4, group_size=4, eval_problems=1,
-                         max_new_tokens=s.length - PROMPT)
-    return {"sft": sft.Config, "tdrm": tdrm.Config}[s.kind](**common)
+        sizes |= {"prompts_per_step": s.rows * s.world // 4, "group_size": 4, "eval_problems": 1}
+        sizes["max_new_tokens"] = s.length - PROMPT
+    return estimate.options(s.kind)(**sizes)
 
 
 def work(s):
     """A process of a setting -> {"peak": bytes, "held": bytes between steps, "parameters"}."""
-    import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
-    import data
-    import plumbing
-    import rl_minimal as rl
-    import search_minimal as search
-    import sft_minimal as sft
-    import tdrm_minimal as tdrm
+
+    from parts.runs import join_processes
+
     torch.set_num_threads(1)
-    env, cfg, config = plumbing.setup(), options_of(s), config_of(s)
-    config.num_labels = 1
-
-    def new(head):
-        auto = AutoModelForCausalLM if head == "policy" else AutoModelForTokenClassification
-        return auto.from_config(config, dtype=getattr(torch, s.dtype))
-
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        head, view = ("value", None) if s.kind == "tdrm" else ("policy", sft.Policy)
-        model, wrapped = sft.prepare(new(head), cfg, env, view)
-        optimizer = sft.make_optimizer(model, cfg, env)
-        prm = new("value").eval() if s.kind == "rl" else None
-        random = np.random.default_rng(env.rank)
-        ids = lambda n: random.integers(2, s.vocab, n).tolist()  # noqa: E731
-        ends = list(range(7, s.length, 8))
-        rows = [{"input_ids": ids(s.length), "prompt_length": 1, "step_ends": ends, "correct": True} for _ in range(s.rows)]
-
-        def loss_fn(micro):
-            batch = data.collate(micro, 0)
-            if s.kind == "sft":
-                return sft.sft_loss(wrapped, batch, s.rows * s.length)
-            logits = tdrm.step_values(wrapped, batch["input_ids"], None, batch["step_ends"])
-            return torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
-
-        for _ in range(2):
-            if s.kind == "rl":
-                never = types.SimpleNamespace(eos_token_id=-1, batch_decode=lambda tokens, **_: [""] * len(tokens))
-                questions = [ids(PROMPT) for _ in range(s.rows // 4)]
-                groups = search.sample(model, never, questions, 4, 1.0, cfg.max_new_tokens)
-                model.train()
-                rows = [{"input_ids": x.prompt_ids + x.token_ids, "prompt_length": PROMPT, "step_ends": ends,
-                         "correct": True, "old_logprobs": np.array(x.logprobs, dtype=np.float32),
-                         "advantages": np.ones(len(x.logprobs), dtype=np.float32)} for group in groups for x in group]
-                tdrm.score_rows(prm, rows, 0, plumbing.Env())
-                everyone = [row for part in plumbing.merge({env.rank: rows}, env).values() for row in part]
-                rl.update_policy(wrapped, model, optimizer, everyone, 1e-6, cfg, env, 0)
-            else:
-                sft.accumulate_gradients(wrapped, rows, s.micro, loss_fn, env)
-                sft.optimizer_step(model, optimizer, 1e-6, 1.0)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    procs, profile = join_processes(), torch.profiler.profile
+    with profile(activities=activities, profile_memory=True) as profiler:
+        learner = two_steps(s, options_of(s), procs)
     now = peak = 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    return {"peak": peak, "held": now, "parameters": sum(p.numel() for p in model.parameters())}
+    parameters = sum(p.numel() for p in learner.module.model.parameters())
+    return {"peak": peak, "held": now, "parameters": parameters}
+
+
+def two_steps(s, cfg, procs):
+    """Two optimizer steps -> the Learner."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+    import data
+    from parts.rewards import RewardModel
+    from parts.training import Policy, accumulate_gradients, optimizer_step, prepare
+    from sft_minimal import sft_loss
+    from tdrm_minimal import step_values, value_loss
+
+    def new(auto):
+        return auto.from_config(config_of(s), dtype=getattr(torch, s.dtype))
+
+    random = np.random.default_rng(procs.rank)
+
+    def ids(n):
+        return random.integers(2, s.vocab, n).tolist()
+
+    tokenizer = SimpleNamespace(
+        pad_token_id=0, eos_token_id=-1, batch_decode=lambda rows, **_: rows
+    )
+    if s.kind == "tdrm":
+        module = RewardModel(new(AutoModelForTokenClassification), tokenizer)
+    else:
+        module = Policy(new(AutoModelForCausalLM), tokenizer)
+    learner, ends = prepare(module, cfg, procs), list(range(7, s.length, 8))
+    if s.kind == "rl":
+        prm = RewardModel(new(AutoModelForTokenClassification).eval(), tokenizer)
+        for _ in range(2):
+            questions = [ids(PROMPT) for _ in range(s.rows // 4)]
+            rl_step(learner, prm, questions, ends, cfg, procs)
+        return learner
+
+    batch = []
+    for _ in range(s.rows * s.world):
+        batch.append(data.Example("", [], ids(s.length), 1, ends, correct=True))
+
+    def loss_fn(micro):
+        b = data.collate(micro, 0)
+        if s.kind == "sft":
+            return sft_loss(learner.forward, b["input_ids"], b["response_mask"], s.rows * s.length)
+        logits = step_values(learner.forward, b["input_ids"], None, b["step_ends"])
+        return value_loss(logits, torch.zeros_like(logits), torch.ones_like(logits), logits.numel())
+
+    for _ in range(2):
+        accumulate_gradients(learner, batch, s.micro, loss_fn, procs)
+        optimizer_step(learner, 1e-6, 1.0)
+    return learner
+
+
+def rl_step(learner, prm, questions, ends, cfg, procs):
+    """Sample without an end, score, update."""
+    import numpy as np
+
+    import rl_minimal as rl
+    from parts.decoding import sample
+    from parts.runs import Processes
+
+    policy = learner.module
+    limits = 1.0, cfg.max_new_tokens
+    groups = sample(policy.model, policy.tokenizer, questions, cfg.group_size, *limits)
+    policy.model.train()
+    mine = []
+    for x in (x for group in groups for x in group):
+        row = rl.Rollout("", [], x.prompt_ids + x.token_ids, PROMPT, ends, correct=True)
+        row.old_logprobs = np.array(x.logprobs, dtype=np.float32)
+        row.advantages = np.ones_like(row.old_logprobs)
+        mine.append(row)
+    prm.score_steps(mine, Processes())
+    parts = procs.merge({procs.rank: mine})
+    rollouts = [row for rank in range(procs.world) for row in parts[rank]]
+    rl.update_policy(learner, rollouts, 0, cfg, procs)
 
 
 def measure(s):
@@ -135,11 +178,12 @@ def measure(s):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"WORLD_SIZE": str(s.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                        "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, os.path.abspath(__file__), "--work", json.dumps(s.__dict__)]
-    started = [subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(s.world)]
+    place = {"WORLD_SIZE": str(s.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, os.path.abspath(__file__), "--work", json.dumps(asdict(s))]
+    pipes, started = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}, []
+    for rank in range(s.world):
+        who = {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(subprocess.Popen(command, env=os.environ | place | who, **pipes))
     try:
         outputs = [process.communicate(timeout=300) for process in started]
     finally:
@@ -147,27 +191,36 @@ def measure(s):
             process.kill()
     if any(process.returncode for process in started):
         raise RuntimeError(outputs[0][1][-2000:])
-    return max((json.loads(out.splitlines()[-1]) for out, _ in outputs), key=lambda result: result["peak"])
+    results = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    return max(results, key=lambda result: result["peak"])
 
 
 def estimated(s):
-    import torch
-    import estimate
-    before, cfg, config = estimate.PROMPT, options_of(s), config_of(s)
-    estimate.PROMPT, others = PROMPT, [(config, "value", False)] if s.kind == "rl" else []
-    parts = estimate.memory(config, s.kind, cfg, s.world, getattr(torch, s.dtype), others)
+    """Bytes, without the evaluation, which is not part of a setting."""
+    from parts import estimate
+
+    config = config_of(s)
+    models = [estimate.new_model(config, "value" if s.kind == "tdrm" else "policy")]
+    if s.kind == "rl":
+        models.append(estimate.new_model(config, "value", trained=False))
+    before, estimate.PROMPT = estimate.PROMPT, PROMPT
+    held, phases = estimate.memory(models, options_of(s))
     estimate.PROMPT = before
-    return estimate.total(parts, estimate.PHASES if s.kind == "rl" else ("training", "optimizer step"))  # no evaluation
+    if s.kind != "rl":
+        phases = {name: phases[name] for name in ("training", "optimizer step")}
+    return estimate.total(held, phases)
 
 
 def main(names):
-    columns = ("parameters", "measured MiB", "estimated MiB", "ratio", "held between steps, bytes a parameter")
+    columns = ("parameters", "measured MiB", "estimated MiB", "ratio", "held, bytes a parameter")
     print(f"| {'setting':<28} | " + " | ".join(columns) + f" |\n|{'---|' * 6}")
     for name in names or SETTINGS:
         s = SETTINGS[name]
         result, ours = measure(s), estimated(s)
-        print(f"| {name:<28} | {result['parameters'] / 1e6:.1f}M | {result['peak'] / 2**20:.0f} | {ours / 2**20:.0f} | "
-              f"{result['peak'] / ours:.3f} | {result['held'] / result['parameters']:.2f} |", flush=True)
+        peak, parameters = result["peak"], result["parameters"]
+        cells = [f"{parameters / 1e6:.1f}M", f"{peak / 2**20:.0f}", f"{ours / 2**20:.0f}"]
+        cells += [f"{peak / ours:.3f}", f"{result['held'] / parameters:.2f}"]
+        print(f"| {name:<28} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

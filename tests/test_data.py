@@ -20,9 +20,9 @@ from conftest import ROOT
 from helpers import write_rows
 from parts.answers import verify
 from parts.formats import BadInput, read_trajectories, split_steps
-from parts.models import STEP_END, encode_prompt, load_tokenizer
+from parts.models import encode_prompt, load_tokenizer
 
-LEVELS = list(data.LEVELS)
+LEVELS, STEP_END = list(data.LEVELS), "\n\n"
 
 
 def solutions(n=40, samples=2, rollouts=4, kind="hard", seed=0, level="builtin"):
@@ -175,7 +175,7 @@ def test_soft_labels_approach_the_exact_probability(level):
     "level, low, high", [("builtin", 0.44, 0.51), ("builtin-hard", 0.03, 0.35)]
 )
 def test_pass_rate(level, low, high):
-    """About one solution in two is right on the default level: as much to learn from either kind."""
+    """About one solution in two is right on the default level: as much to learn from either."""
     right = []
     for seed in range(3):
         right += [row["correct"] for row in solutions(1000, 4, 0, seed=seed, level=level)]
@@ -651,7 +651,7 @@ def test_a_bad_file_is_an_error_when_its_turn_comes(shown, capsys):
     assert TRAJECTORY in capsys.readouterr().out
 
 
-def test_other_text_is_spelled_in_bytes_or_by_the_model_asked_for(shown, tmp_path):
+def test_text_is_spelled_in_bytes_or_by_the_model_asked_for(shown, tmp_path):
     bare_tokenizer().save_pretrained(tmp_path / "bare")
     model = ["--model", str(tmp_path / "bare")]
     for words, prompt in (([], "<user>Où?<assistant>"), (model, "Où?\\n\\n")):

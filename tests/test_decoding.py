@@ -5,6 +5,7 @@ enough to matter.
 """
 
 import contextlib
+import copy
 import functools
 import math
 import random
@@ -18,6 +19,7 @@ import data
 import sft_minimal as sft
 from parts import decoding
 from parts.decoding import StepEnd, decode, feed, pad, prompt_cache, sample, uniforms
+from parts.estimate import cache_bytes
 from parts.formats import BadInput
 from parts.models import encode_prompt
 
@@ -169,7 +171,7 @@ class Walk:
 def test_any_walk_through_the_cache_gives_the_logits_of_full_forwards(
     shape, garbage, seed, monkeypatch
 ):
-    """`garbage`: new memory may hold anything, NaN too; no slot that was never written may count."""
+    """`garbage`: new memory holds anything, NaN too; no slot that was never written may count."""
     if garbage:
         empty = torch.Tensor.new_empty
 
@@ -186,6 +188,19 @@ def test_any_walk_through_the_cache_gives_the_logits_of_full_forwards(
         if move != "feed" or walk.room:
             getattr(walk, move)()
     assert len(moves) == 3
+
+
+@pytest.mark.parametrize("shape", ["qwen2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_bytes_of_a_cache_are_known_before(shape, dtype):
+    model = copy.deepcopy(policy(shape)).to(dtype)
+    cache, ids, mask = prompt_cache([[5, 6, 7], [8]], CPU, 4, 2)
+    feed(model, cache, ids, mask)
+    more = cache.select(torch.tensor([0, 0, 1]), 5)
+    for c, rows, slots in ((cache, 4, 5), (more, 3, 8)):
+        found = sum(tensor.nbytes for tensor in c.keys + c.values)
+        assert found == cache_bytes(model.config, rows, slots, dtype.itemsize)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@ and what its docstring says comes along, and computes there what it computes her
 
 import inspect
 import math
-import os
 import re
 import types
 
@@ -31,32 +30,35 @@ def comes_along(piece):
 def paste(*pieces):
     """An empty module with the source of the pieces, of what comes along, and of what comes along
     with that."""
-    module, todo, done = types.ModuleType("pasted"), list(pieces), []
-    space = vars(module)
+    module = types.ModuleType("pasted")
+    space, done = vars(module), set()
     space.update(BESIDE)
-    while todo:
-        piece = todo.pop()
+
+    def add(piece, with_what_it_calls=False):
         if piece in done:
-            continue
-        done.append(piece)
-        words = comes_along(piece)
-        for name in re.findall(r"\w+", words):
-            thing = inspect.unwrap(piece).__globals__.get(name)
-            if inspect.isroutine(thing) and os.path.dirname(torch.__file__) not in file_of(thing):
-                todo.append(thing)
-            elif thing is not None:  # a constant, a class, an import
+            return
+        done.add(piece)
+        source, said, plain = inspect.getsource(piece), comes_along(piece), inspect.unwrap(piece)
+        calls = with_what_it_calls or "with what they call" in said
+        for name in re.findall(r"\w+", said + (source if with_what_it_calls else "")):
+            thing = plain.__globals__.get(name)
+            if inspect.isroutine(thing) and is_ours(thing):
+                add(thing, calls)
+            elif thing is not None and name not in BESIDE:  # a constant, a class, an import
                 space[name] = thing
-        source = inspect.getsource(piece)
-        if "all above it" in words:  # less the imports of our own
-            with open(file_of(piece)) as f:
+        if "all above it" in said:  # less the imports of our own
+            with open(plain.__code__.co_filename) as f:
                 source = f.read().partition(source)[0] + source
             source = re.sub(r"^from parts.*\n", "", source, flags=re.M)
         exec(source, space)
+
+    for piece in pieces:
+        add(piece)
     return module
 
 
-def file_of(thing):
-    return inspect.getsourcefile(inspect.unwrap(thing))
+def is_ours(thing):
+    return thing.__module__.startswith("parts.") or thing.__module__.endswith("_minimal")
 
 
 def compare(module, piece, *args, **options):

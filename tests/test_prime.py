@@ -1,8 +1,8 @@
-"""PRIME: the maths against naive loops, the implicit PRM against plain autograd, whole runs on one and on
-two ranks.
+"""PRIME: the maths against naive loops, the implicit PRM against plain autograd, whole runs on one
+and on two ranks.
 
-A random policy is never right, so in the runs the verifier looks at the parity of a response's length:
-nonsense, but a function of the text alone.
+A random policy is never right, so in the runs the verifier looks at the parity of a response's
+length: nonsense, but a function of the text alone.
 """
 
 import json
@@ -21,6 +21,7 @@ import data
 import prime_minimal as prime
 import rl_minimal as rl
 from helpers import assert_same_run, at_step, numbers, ranks, save_policy, write_rows
+from parts import verifier
 from parts.credit import last_token, returns, stack
 from parts.models import load_policy, load_tokenizer
 from parts.runs import Processes
@@ -536,7 +537,7 @@ def settings(home, out, **more):
 
 
 def train(procs, options, *faults):
-    rl.verify = parity
+    verifier.verify = parity
     for function, *args in faults:
         function(procs, *args)
     prime.main(prime.Config(**options), procs)
@@ -650,7 +651,7 @@ def test_first_steps_of_a_run(world, more, reference, home):
 @pytest.fixture
 def run(home, tmp_path, monkeypatch):
     """run(**options) -> folder of a run of two steps in this process."""
-    monkeypatch.setattr(rl, "verify", parity)
+    monkeypatch.setattr(verifier, "verify", parity)
     made = []
 
     def run(**more):
@@ -798,7 +799,7 @@ def test_a_prm_of_its_own(run, home):
 
 
 def nothing_passes(procs):
-    rl.verify = lambda text, answer: False
+    verifier.verify = lambda text, answer: False
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -1,13 +1,16 @@
-"""Q-RM: losses and advantages against numbers worked out by hand, the tokens that are read, pairs, whole runs on one and two
-ranks, RL with each kind of reward model.
+"""Q-RM: losses against numbers worked out by hand, the tokens that are read, pairs, whole runs on
+one and two ranks.
 
-A random policy is never right, so where responses are sampled `data.verify` is the parity of their length.
+A random policy is never right, so where responses are sampled the verifier looks at the parity of
+their length.
 """
-import dataclasses
+
 import json
 import math
 import os
 import signal
+from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,122 +18,142 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import data
-import prime_minimal as prime
 import qrm_minimal as qrm
 import rl_minimal as rl
 import sft_minimal as sft
 import tdrm_minimal as tdrm
-from data import BadInput
-from pairs import encode_pairs, load_data, make_pairs
-from plumbing import Env
-from scorers import load_scorer
-from test_training import ranks
+from helpers import assert_same_run, at_step, metrics, ranks, save_policy, train, write_rows
+from parts import verifier
+from parts.credit import stack
+from parts.formats import BadInput
+from parts.models import encode_prompt, load_policy
+from parts.rewards import RewardModel, load_reward_model, new_reward_model
+from parts.runs import Processes
+from test_rl import gradient_of, moved, response_logprobs
+from test_rl_tokens import parity
 
-METHODS = ("qrm", "orm", "dpo_rm")
-softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
+METHODS = tuple(qrm.METHODS)
+ALONE, TOKENIZER = Processes(), data.builtin_tokenizer()
+
+
+def softplus(x):
+    return math.log1p(math.exp(x))
 
 
 def mask(*lengths, width=None):
     return torch.arange(width or max(lengths))[None] < torch.tensor(lengths)[:, None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The maths.
 
-CHOSEN, REJECTED = torch.tensor([[4.0, 8.0, 9.0], [1.0, -1.0, 3.0]]), torch.tensor([[2.0, 100.0], [5.0, -2.0]])
-MASKS = mask(2, 3), mask(1, 2, width=2)
+CHOSEN = torch.tensor([[4.0, 8.0, 9.0], [1.0, -1.0, 3.0]])
+REJECTED = torch.tensor([[2.0, 100.0], [5.0, -2.0]])
+MASKS = mask(2, 3), mask(1, 2)
+SCORES = {
+    "mean": ([6, 1], [2, 1.5]),
+    "sum": ([12, 3], [2, 3]),
+    "last": ([8, 3], [2, -2]),
+}
 
 
-@pytest.mark.parametrize("reduce, scores", [("mean", ([6, 1], [2, 1.5])), ("sum", ([12, 3], [2, 3])), ("last", ([8, 3], [2, -2]))])
-def test_pair_loss_by_hand(reduce, scores):
-    assert qrm.response_scores(CHOSEN, MASKS[0], reduce).tolist() == pytest.approx(scores[0])
-    assert qrm.response_scores(REJECTED, MASKS[1], reduce).tolist() == pytest.approx(scores[1])
-    for beta, margin in (0.2, 2.0), (1.0, 0.0), (0.1, -1.0):
-        losses = [softplus(margin - beta * (w - l)) for w, l in zip(*scores)]
-        assert qrm.pair_loss(CHOSEN, REJECTED, *MASKS, beta, margin, reduce).item() == pytest.approx(sum(losses) / 2)
-        assert qrm.pair_loss(CHOSEN, REJECTED, *MASKS, beta, margin, reduce, count=8).item() == pytest.approx(sum(losses) / 8)
-    prompt = [F.pad(m, (3, 0)) for m in MASKS]  # a prompt in front, of any scores
-    shifted = [F.pad(q, (3, 0), value=7.0) for q in (CHOSEN, REJECTED)]
-    assert torch.equal(qrm.pair_loss(*shifted, *prompt, reduce=reduce), qrm.pair_loss(CHOSEN, REJECTED, *MASKS, reduce=reduce))
+@pytest.mark.parametrize("reduce", SCORES)
+def test_response_scores(reduce):
+    for q, m, wanted in zip((CHOSEN, REJECTED), MASKS, SCORES[reduce]):
+        assert qrm.response_scores(q, m, reduce).tolist() == pytest.approx(wanted)
 
 
-def test_defaults_and_the_first_loss():
-    assert qrm.pair_loss(torch.ones(3, 4), torch.ones(3, 2), mask(4, 1, 2), mask(2, 1, 1)).item() == pytest.approx(2.126928)
-    for margin in (0.0, 2.0, -3.0, 50.0):
-        q = torch.full((1, 3), 5.0, requires_grad=True)
-        loss = qrm.pair_loss(q, torch.full((1, 2), 5.0), mask(3), mask(2), 0.2, margin)
-        loss.backward()
-        assert loss.item() == pytest.approx(softplus(margin) if margin < 40 else margin)
-        assert q.grad.tolist() == [pytest.approx([-0.2 / (1 + math.exp(-margin)) / 3] * 3)]
+@pytest.mark.parametrize("reduce", SCORES)
+@pytest.mark.parametrize("beta, margin", [(0.2, 2.0), (1.0, 0.0), (0.1, -1.0)])
+def test_pair_loss_by_hand(reduce, beta, margin):
+    chosen, rejected = SCORES[reduce]
+    total = sum(softplus(margin - beta * (w - l)) for w, l in zip(chosen, rejected))
+    options = {"beta": beta, "margin": margin, "reduce": reduce}
+    loss = qrm.pair_loss(CHOSEN, REJECTED, *MASKS, **options)
+    assert loss.item() == pytest.approx(total / 2)
+    loss = qrm.pair_loss(CHOSEN, REJECTED, *MASKS, **options, count=8)
+    assert loss.item() == pytest.approx(total / 8)
+    prompts = [F.pad(m, (3, 0)) for m in MASKS]  # a prompt in front, of any scores
+    scores = [F.pad(q, (3, 0), value=7.0) for q in (CHOSEN, REJECTED)]
+    loss = qrm.pair_loss(*scores, *prompts, **options)
+    assert loss.item() == pytest.approx(total / 2)
 
 
-def test_equal_responses_and_empty_masks():
+def test_defaults():
+    loss = qrm.pair_loss(torch.ones(3, 4), torch.ones(3, 2), mask(4, 1, 2), mask(2, 1, 1))
+    assert loss.item() == pytest.approx(2.126928)  # ln(1 + e^2)
+
+
+@pytest.mark.parametrize("margin", [0.0, 2.0, -3.0, 50.0])
+def test_the_first_loss(margin):
+    q = torch.full((1, 3), 5.0, requires_grad=True)
+    loss = qrm.pair_loss(q, torch.full((1, 2), 5.0), mask(3), mask(2), 0.2, margin)
+    loss.backward()
+    assert loss.item() == pytest.approx(softplus(margin) if margin < 40 else margin)
+    slope = -0.2 / (1 + math.exp(-margin)) / 3
+    assert q.grad[0].tolist() == pytest.approx([slope] * 3)
+
+
+def test_equal_responses():
     q = torch.randn(2, 5, requires_grad=True)
     loss = qrm.pair_loss(q, q, mask(5, 3), mask(5, 3))
     loss.backward()
     assert loss.item() == pytest.approx(softplus(2)) and q.grad.abs().max() < 1e-8
-    for bad in (math.nan, math.inf, 7.0):  # the second pair has no chosen, the third no rejected response
-        w, l = torch.full((4, 3), 1.0), torch.full((4, 2), 0.5)  # noqa: E741
-        w[1], l[2], w[3, 1:] = bad, bad, bad
-        w.requires_grad_(), l.requires_grad_()
-        masks = mask(3, 0, 2, 1, width=3), mask(2, 1, 0, 2, width=2)
-        loss = qrm.pair_loss(w, l, *masks)
-        loss.backward()
-        assert loss.item() == pytest.approx(softplus(2 - 0.1))
-        assert (w.grad[1:3] == 0).all() and (l.grad[1:3] == 0).all() and w.grad.isfinite().all() and l.grad.isfinite().all()
-        nothing = qrm.pair_loss(w, l, torch.zeros(4, 3).bool(), torch.zeros(4, 2).bool())
-        nothing.backward()  # a graph, so that the others of a process group need not wait
-        assert nothing.item() == 0
 
 
-def test_token_rewards_and_advantages():
-    q, m = torch.tensor([[1.0, 3.0, 0.0], [5.0, 7.0, 12.0]]), mask(2, 3)
-    values = np.array([1, 3, 5, 7, 12.0])
-    centred, divided = (values - values.mean()) / values.std(ddof=1), values / values.std(ddof=1)
-    assert qrm.token_rewards(q, m)[m].tolist() == pytest.approx(centred.tolist(), abs=1e-5)
-    assert qrm.token_rewards(q, m, centre=False)[m].tolist() == pytest.approx(divided.tolist(), abs=1e-5)
-    last = np.array([3, 3, 12, 12, 12.0])
-    orm = qrm.token_rewards(q, m, "orm")
-    assert orm[m].tolist() == pytest.approx(((last - last.mean()) / last.std(ddof=1)).tolist(), abs=1e-5)
-    for centre in (True, False):
-        same = qrm.token_rewards(torch.full((2, 3), 4.0), m, centre=centre)
-        assert (same == 0).all() and (qrm.token_rewards(q, m, centre=centre)[~m] == 0).all()
-    r = torch.tensor([[1.0, 3.0, 0.0], [5.0, 7.0, 12.0]])
-    assert qrm.reinforce_advantages(r, m).tolist() == [[1, 2, 0], [5, 7, 8]]
-    assert torch.allclose(qrm.reinforce_advantages(orm, m), orm)  # one number for all tokens
-    v = torch.tensor([[0.5, 1.0, 9.0], [2.0, 0.0, 4.0]])
-    a, target = qrm.ppo_advantages(r, v, m, "qrm", 0.5)
-    assert a.tolist() == [[0.75, 2.5, 0], [4, 7, 10]] and torch.equal(target, r)
-    a, target = qrm.ppo_advantages(r, v, m, "orm", gamma=0.5, lam=0.5)  # r on the last token only
-    assert a[0].tolist() == pytest.approx([0.5 * 1 - 0.5 + 0.25 * 2, 3 - 1, 0]) and target[0].tolist() == pytest.approx([1.0, 3, 0])
-    a, _ = qrm.ppo_advantages(r, v, m, "dpo_rm", gamma=0.5, lam=0.5)
-    assert a[0].tolist() == pytest.approx([1 + 0.5 * 1 - 0.5 + 0.25 * 2, 3 - 1, 0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 7.0])
+def test_empty_masks(bad):
+    """The second pair has no chosen, the third no rejected response."""
+    chosen, rejected = torch.full((4, 3), 1.0), torch.full((4, 2), 0.5)
+    chosen[1], rejected[2], chosen[3, 1:] = bad, bad, bad
+    chosen.requires_grad_()
+    rejected.requires_grad_()
+    masks = mask(3, 0, 2, 1), mask(2, 1, 0, 2)
+    loss = qrm.pair_loss(chosen, rejected, *masks)
+    loss.backward()
+    assert loss.item() == pytest.approx(softplus(2 - 0.1))
+    for q in (chosen, rejected):
+        assert (q.grad[1:3] == 0).all() and q.grad.isfinite().all()
+    nothing = qrm.pair_loss(chosen, rejected, *(m & False for m in masks))
+    nothing.backward()  # a graph, so that the others of a process group need not wait
+    assert nothing.item() == 0
 
 
 def test_localisation_by_hand():
-    scores = [[2.0, 1.5, 0.0, 9.0], [1.0, 1.2], [0.0, 0.5, 0.4]]  # mean first score 1
-    # falls: -1, .5, [1.5] (9 comes after the error); 0, -.2; [1] (an error in the first unit)
-    assert qrm.localisation_auroc(scores, [2, -1, 0]) == 1.0
-    assert qrm.localisation_auroc(scores, [1, -1, 0]) == 1.0  # .5 and 1 against -1, 0, -.2
-    assert qrm.localisation_auroc(scores, [0, 1, -1]) == pytest.approx((0 + 1) / 8)  # -1, -.2 against 0, 1, -.5, .1
-    assert qrm.localisation_auroc([[1.0, 1.0], [1.0, 1.0]], [0, 1]) == 0.5
-    assert math.isnan(qrm.localisation_auroc(scores, [-1, -1, -1])) and math.isnan(qrm.localisation_auroc([[1.0]], [0]))
-    assert math.isnan(qrm.localisation_auroc([], []))
+    scores = [[2.0, 1.5, 0.0, 9.0], [1.0, 1.2], [0.0, 0.5, 0.4]]  # mean first score: 1
+
+    def auroc(*errors, scores=scores):
+        return qrm.localisation_auroc(scores, errors)
+
+    # Falls: -1, .5, [1.5] (9 comes after the error); 0, -.2; [1] (an error in the first unit).
+    assert auroc(2, -1, 0) == 1.0
+    assert auroc(1, -1, 0) == 1.0  # .5 and 1 against -1, 0, -.2
+    assert auroc(0, 1, -1) == pytest.approx((0 + 1) / 8)  # -1, -.2 against 0, 1, -.5, .1
+    assert auroc(0, 1, scores=[[1.0, 1.0], [1.0, 1.0]]) == 0.5
+    assert math.isnan(auroc(-1, -1, -1)) and math.isnan(auroc(0, scores=[[1.0]]))
+    assert math.isnan(auroc(scores=[]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which token is read.
+
 
 class Bigrams(torch.nn.Module):
     """A language model with a table of logits: rows are the token before, columns the next."""
+
     def __init__(self, table):
         super().__init__()
         self.head = torch.nn.Linear(len(table), len(table), bias=False)
         self.head.weight.data = table.T.clone()
-        self.base_model = lambda input_ids, use_cache: SimpleNamespace(last_hidden_state=F.one_hot(input_ids, len(table)).float())
+        self.config = SimpleNamespace(num_hidden_layers=0)
+        self.base_model = self.one_hot
+        self.one_hot.__func__.layers = []
+
+    def one_hot(self, input_ids, use_cache):
+        hidden = F.one_hot(input_ids, len(self.head.weight)).float()
+        return SimpleNamespace(last_hidden_state=hidden)
 
     def get_output_embeddings(self):
         return self.head
@@ -138,397 +161,473 @@ class Bigrams(torch.nn.Module):
 
 def test_dpo_rm_reads_the_log_prob_of_the_token_itself():
     prompt, a, b, end, pad = 1, 2, 3, 4, 0
-    reference, table = torch.zeros(5, 5), torch.zeros(5, 5)
+    table = torch.zeros(5, 5)
     table[a, b] = 3.0  # the two models differ in nothing but b after a
-    reward = qrm.TokenReward(Bigrams(table), "dpo_rm", 0.5, Bigrams(reference))
-    ids = torch.tensor([[prompt, prompt, a, b, end, pad], [prompt, a, end, pad, pad, pad]])
-    m = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()  # column t is token t + 1
+    ids = [[prompt, prompt, a, b, end, pad], [prompt, a, end, pad, pad, pad]]
+    response = [[0, 1, 1, 1, 0], [1, 1, 0, 0, 0]]  # column t is token t + 1
+
+    def scores():
+        models = Bigrams(table), Bigrams(torch.zeros(5, 5))
+        reward = RewardModel(models[0], None, "implicit", models[1], beta=0.5)
+        return reward(torch.tensor(ids), torch.tensor(response).bool()).logits[..., 0]
+
     log_z = math.log(4 + math.exp(3))
-    assert reward(ids, m)[0].tolist() == pytest.approx([0, 0, 0.5 * (3 - log_z + math.log(5)), 0, 0], abs=1e-6)
-    assert reward(ids, m)[1].tolist() == pytest.approx([0, 0.5 * (-log_z + math.log(5)), 0, 0, 0], abs=1e-6)
+    at_b, at_end = 0.5 * (3 - log_z + math.log(5)), 0.5 * (-log_z + math.log(5))
+    before = scores()
+    assert before[0].tolist() == pytest.approx([0, 0, 0, at_b, 0, 0], abs=1e-6)
+    assert before[1].tolist() == pytest.approx([0, 0, at_end, 0, 0, 0], abs=1e-6)
     table[end, pad] = 9.0  # what comes after the end has no part in it
-    assert torch.equal(qrm.TokenReward(Bigrams(table), "dpo_rm", 0.5, Bigrams(reference))(ids, m), reward(ids, m))
+    assert torch.equal(scores(), before)
+
+
+class Tells(torch.nn.Module):
+    """A classifier whose number tells the token."""
+
+    config, dtype = SimpleNamespace(num_hidden_layers=0), torch.float32
+
+    def forward(self, input_ids, past_key_values, use_cache):
+        return SimpleNamespace(logits=input_ids[..., None] * 10.0)
 
 
 def test_q_is_read_at_the_token_itself():
-    def classifier(input_ids, use_cache):
-        return SimpleNamespace(logits=input_ids[..., None] * 10.0)  # z_t tells the token
-    ids = torch.tensor([[7, 8, 1, 2, 3, 0], [7, 4, 5, 0, 0, 0]])
-    reward = qrm.TokenReward(torch.nn.Identity(), "qrm")
-    reward.model = torch.nn.Module()
-    reward.model.forward = classifier
-    q = reward(ids, torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool())
-    assert q.tolist() == [[0, 10, 20, 30, 0], [40, 50, 0, 0, 0]]
+    rows = [data.Example("", [], [7, 8, 1, 2, 3], 2, []), data.Example("", [], [7, 4, 5], 1, [])]
+    reward = RewardModel(Tells(), TOKENIZER, "qrm")
+    scores = [z.tolist() for z in reward.score_tokens(rows, ALONE)]
+    assert scores == [[10, 20, 30], [40, 50]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pairs.
 
-def trajectory(question, steps, correct, **more):
-    return {"prompt": question, "completions": steps, "correct": correct, "source": "f:1", **more}
+
+def trajectory(question, steps, correct):
+    return {"prompt": question, "completions": steps, "correct": correct, "source": "f:1"}
 
 
-def test_pairs_of_each_question():
-    rows = [trajectory(q, [f"{q}{i}"], i % 3 == 0) for q in ("a", "b") for i in range(12)]
-    rows += [trajectory("a", ["a0"], True)] * 5 + [trajectory("only right", ["x"], True), trajectory("only wrong", ["y"], False)]
-    for most in (1, 4, 31, 32, 1000):
-        pairs = make_pairs(rows, most, seed=3)
-        for q in ("a", "b"):
-            mine = [(p["chosen"][0], p["rejected"][0]) for p in pairs if p["prompt"] == q]
-            assert len(mine) == len(set(mine)) == min(most, 4 * 8)
-            assert all(w[0] == l[0] == q and int(w[1:]) % 3 == 0 and int(l[1:]) % 3 for w, l in mine)
-        assert {p["prompt"] for p in pairs} == {"a", "b"}
-    some = make_pairs(rows, 4, seed=3)
-    assert some != make_pairs(rows, 4, seed=4)
-    others = [r for r in rows if r["prompt"] != "b"]
-    assert make_pairs(others, 4, seed=3) == [p for p in some if p["prompt"] == "a"]  # whatever else there is
-    with pytest.raises(BadInput, match="f:1: whether it is right"):
-        make_pairs([trajectory("a", ["x"], None)], 4)
+def many_solutions():
+    """Two questions with 4 right and 8 wrong responses each, some twice; two with one kind."""
+    rows = []
+    for question in ("a", "b"):
+        rows += [trajectory(question, [f"{question}{i}"], i % 3 == 0) for i in range(12)]
+    rows += [trajectory("a", ["a0"], True)] * 5
+    return rows + [trajectory("only right", ["x"], True), trajectory("only wrong", ["y"], False)]
+
+
+@pytest.mark.parametrize("most", [1, 4, 31, 32, 1000])
+def test_pairs_of_each_question(most):
+    pairs = qrm.make_pairs(many_solutions(), most, seed=3)
+    assert {p["prompt"] for p in pairs} == {"a", "b"}
+    for question in ("a", "b"):
+        mine = [(p["chosen"][0], p["rejected"][0]) for p in pairs if p["prompt"] == question]
+        assert len(mine) == len(set(mine)) == min(most, 4 * 8)
+        for right, wrong in mine:
+            assert right[0] == wrong[0] == question
+            assert int(right[1:]) % 3 == 0 and int(wrong[1:]) % 3
+
+
+def test_pairs_depend_on_the_seed_and_the_question_alone():
+    rows = many_solutions()
+    some = qrm.make_pairs(rows, 4, seed=3)
+    assert some != qrm.make_pairs(rows, 4, seed=4)
+    others = [row for row in rows if row["prompt"] != "b"]
+    assert qrm.make_pairs(others, 4, seed=3) == [p for p in some if p["prompt"] == "a"]
+
+
+def test_pairs_of_chats_and_of_unknown_outcome():
     chat = [{"role": "user", "content": "a"}]
-    assert make_pairs([trajectory(chat, ["x"], True), trajectory(chat, ["y"], False)], 1)[0]["prompt"] == chat
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    rows = [trajectory(chat, ["x"], True), trajectory(chat, ["y"], False)]
+    assert qrm.make_pairs(rows, 1)[0]["prompt"] == chat
+    with pytest.raises(BadInput, match="f:1: whether it is right"):
+        qrm.make_pairs([trajectory("a", ["x"], None)], 4)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("qrm")
-    tokenizer = data.builtin_tokenizer()
-    sft.new_policy(tokenizer, 0).save_pretrained(home / "policy")
-    tokenizer.save_pretrained(home / "policy")
+    save_policy(home / "policy")
     problems = data.make_problems(60)
     rows = data.make_trajectories(problems, 8, seed=2)
-    write(home / "samples.jsonl", [{k: row[k] for k in ("prompt", "completions", "answer")} for row in rows])
-    write(home / "problems.jsonl", problems[:12])
-    join = data.STEP_END.join
-    pairs = [{"prompt": p["prompt"], "chosen": " " + join(p["chosen"]), "rejected": join(p["rejected"])} for p in make_pairs(rows, 3)]
-    write(home / "pairs.jsonl", pairs)
+    known = ("prompt", "completions", "answer")
+    write_rows(home / "samples.jsonl", [{key: row[key] for key in known} for row in rows])
+    write_rows(home / "problems.jsonl", problems[:12])
+    pairs = []
+    for pair in qrm.make_pairs(rows, 3):
+        texts = {side: "\n\n".join(pair[side]) for side in ("chosen", "rejected")}
+        pairs.append({"prompt": pair["prompt"]} | texts | {"chosen": " " + texts["chosen"]})
+    write_rows(home / "pairs.jsonl", pairs)
     return home
 
 
+def settings(home, out="", **more):
+    options = {
+        "model": str(home / "policy"),
+        "data": (str(home / "pairs.jsonl"),),
+        "out": str(out),
+        "batch_size": 16,
+        "max_length": 128,
+        "steps": 3,
+        "lr": 1e-3,
+    }
+    if more.get("method", "Q-RM") == "Q-RM":
+        options["beta"] = 0.2
+    return options | more
+
+
 def config(home, out="", **more):
-    return qrm.Config(**{"model": str(home / "policy"), "data": (str(home / "pairs.jsonl"),), "out": str(out), "batch_size": 16,
-                         "max_length": 128, "steps": 3, "lr": 1e-3, **({} if more.get("method", "qrm") != "qrm" else {"beta": 0.2}), **more})
+    return qrm.Config(**settings(home, out, **more))
 
 
 def load(home, **more):
-    return load_data(config(home, **more), data.builtin_level(more.get("data", ("x",))), data.builtin_tokenizer(), Env())
+    """-> training pairs, held-out pairs, held-out trajectories, number left out."""
+    cfg = config(home, **more)
+    return qrm.load_data(cfg, data.builtin_level(cfg.data), TOKENIZER, ALONE)
 
 
-@pytest.fixture
-def parity(monkeypatch):
-    monkeypatch.setattr(data, "verify", lambda text, answer: len(text) % 2 == 0)
+@pytest.fixture(autouse=True)
+def verify_parity(monkeypatch):
+    monkeypatch.setattr(verifier, "verify", parity)
 
 
-def test_no_question_is_in_both_halves(home, tmp_path, parity):
-    questions = lambda pairs: {p["prompt"] for p in pairs}  # noqa: E731
-    sources = [{}, {"data": ("builtin",), "pairs_from": (str(home / "samples.jsonl"),)}, {"pairs_from": (str(home / "samples.jsonl"),)},
-               {"data": (str(home / "problems.jsonl"),), "max_new_tokens": 24, "samples": 12},
-               {"data": ("builtin",), "problems": 12, "eval_problems": 6, "max_new_tokens": 24, "samples": 12}]
-    for more in sources:
-        pairs, held_out, trajectories, dropped = load(home, **more)
-        assert pairs and held_out and not questions(pairs) & questions(held_out) and dropped == 0
-        assert not questions(pairs) & questions(trajectories)
-        if more.get("pairs_from") and more.get("data"):
-            assert max(sum(p["prompt"] == q for p in pairs) for q in questions(pairs)) == 4
-            assert not trajectories or all(e["first_error"] is not None for e in trajectories)
-    half = [json.loads(line) for line in open(home / "pairs.jsonl")][:40]
-    everything, held_out, _, _ = load(home, eval=(write(tmp_path / "eval.jsonl", half),))
-    assert len(held_out) == 40 and not questions(everything) & questions(held_out)
+def questions(rows):
+    return {row.prompt for row in rows}
+
+
+SAMPLED = {"max_new_tokens": 24, "group_size": 12}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"data": ("builtin",), "pairs_from": ("samples.jsonl",)},
+        {"pairs_from": ("samples.jsonl",)},
+        {"data": ("problems.jsonl",)} | SAMPLED,
+        {"data": ("builtin",), "problems": 12, "eval_problems": 6} | SAMPLED,
+    ],
+    ids=str,
+)
+def test_no_question_is_in_both_halves(home, monkeypatch, more):
+    monkeypatch.chdir(home)
+    pairs, held_out, trajectories, left_out = load(home, **more)
+    assert pairs and held_out and left_out == 0
+    assert not questions(pairs) & questions(held_out)
+    assert not questions(pairs) & questions(trajectories)
+    assert all(e.first_error is not None for e in trajectories)
+    if more.get("pairs_from") and more.get("data"):
+        assert max(Counter(p.prompt for p in pairs).values()) == 4
+
+
+def test_a_response_that_was_cut_has_no_end_to_score(home, monkeypatch):
+    sampled, roll_out = [], rl.roll_out
+
+    def patched(*args):
+        sampled.extend(roll_out(*args))
+        return sampled
+
+    monkeypatch.setattr(rl, "roll_out", patched)
+    cfg, problems = config(home, **SAMPLED), data.make_problems(12)
+    pairs = qrm.sample_pairs(problems, 0, cfg, TOKENIZER, ALONE)
+    whole = [r.completions for r in sampled if r.finished]
+    assert pairs and len(whole) < len(sampled)
+    for pair in pairs:
+        assert pair["chosen"] in whole and pair["rejected"] in whole
+
+
+def test_what_is_evaluated_is_not_trained_on(home, tmp_path):
+    lines = (home / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "eval.jsonl").write_text("".join(lines[:40]))
+    pairs, held_out, _, _ = load(home, eval=(str(tmp_path / "eval.jsonl"),))
+    assert len(held_out) == 40 and pairs and not questions(pairs) & questions(held_out)
 
 
 def test_encoded_pairs(home):
-    tokenizer = data.builtin_tokenizer()
     pairs, held_out, _, _ = load(home)
     for pair in pairs + held_out:
-        for side in (pair["chosen"], pair["rejected"]):
-            assert side["input_ids"][-1] == tokenizer.eos_token_id and side["input_ids"].count(tokenizer.eos_token_id) == 1
-            assert side["input_ids"][:side["prompt_length"]] == data.encode_prompt(tokenizer, pair["prompt"])
-            text = tokenizer.decode(side["input_ids"][side["prompt_length"]:-1])
-            assert text == data.STEP_END.join(side["completions"]) and text[0] != " "  # the space at the file's start is gone
-    same = {"prompt": "1+1", "chosen": ["1+1=2"], "rejected": ["1+1=2"]}
-    kept, dropped = encode_pairs([same, same | {"rejected": ["1+1=3"]}, same | {"rejected": ["1+1=3"] * 40}], tokenizer, 50)
-    assert (len(kept), dropped) == (1, 2)
-    empty, _ = encode_pairs([same | {"rejected": []}], tokenizer, 50)  # nothing but the end
-    assert len(empty[0]["rejected"]["input_ids"]) == empty[0]["rejected"]["prompt_length"] + 1
+        assert len(pair) == len(pair.chosen) + len(pair.rejected)
+        for side in (pair.chosen, pair.rejected):
+            prompt, response = np.split(side.input_ids, [side.prompt_length])
+            assert prompt.tolist() == encode_prompt(TOKENIZER, pair.prompt)
+            assert np.flatnonzero(response == TOKENIZER.eos_token_id) == [len(response) - 1]
+            text = TOKENIZER.decode(response[:-1])
+            assert text == "\n\n".join(side.completions)
+            assert text[0] != " "  # the space at the file's start is gone
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole runs.
+def test_pairs_that_are_left_out():
+    def encode(prompt, steps):
+        return data.encode_trajectory(TOKENIZER, prompt, steps, eos=True)
 
-def first_gradient(env, cfg, path=None):
-    """The gradient of a run's first step -> loss, gradient."""
-    found, step = [], sft.optimizer_step
+    right, wrong = ["1+1=2"], ["1+1=3"]
+    pairs = []
+    for rejected in (right, wrong, wrong * 40, []):
+        pairs.append({"prompt": "1+1", "chosen": right, "rejected": rejected})
+    kept, left_out = qrm.encode_pairs(pairs, encode, 50)
+    assert [p.rejected.completions for p in kept] == [wrong, []] and left_out == 2
+    assert len(kept[1].rejected) == kept[1].rejected.prompt_length + 1  # nothing but the end
 
-    def stop(model, *_):
-        found.append(torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.requires_grad]))
-        raise InterruptedError
-    sft.optimizer_step = stop
+
+# --------------------------------------------------------------------------------------------------
+# Gradients.
+
+
+class Found(Exception):
+    pass
+
+
+def first_gradient(procs, cfg, path=None):
+    """The gradient of a run's first step, before it is clipped."""
+
+    def stop(learner, *_):
+        raise Found(gradient_of(learner.module.model))
+
+    step, qrm.optimizer_step = qrm.optimizer_step, stop
     try:
-        qrm.main(cfg, env)
-    except InterruptedError:
-        pass
+        qrm.main(cfg, procs)
+    except Found as found:
+        (gradient,) = found.args
     finally:
-        sft.optimizer_step = step
+        qrm.optimizer_step = step
     if path:
-        torch.save(found[0], f"{path}{env.rank}.pt")
-    return found[0]
+        torch.save(gradient, f"{path}{procs.rank}.pt")
+    return gradient
+
+
+def naive_score(cfg, model, reference, example):
+    """A response's score, as defined."""
+    if cfg.method == "DPO-RM":
+        ours, theirs = (response_logprobs(m, example) for m in (model, reference))
+        return cfg.beta * (ours - theirs.detach()).sum()
+    logits = model(input_ids=torch.tensor([example.input_ids])).logits[0].double()
+    z = logits[example.prompt_length :, 0]
+    return z.mean() if cfg.method == "Q-RM" else z[-1]
 
 
 def naive_gradient(home, cfg):
-    """Response by response, as defined."""
+    """Response by response."""
     pairs = load(home)[0]
-    batch = [pairs[i] for i in next(data.batches([len(p["input_ids"]) for p in pairs], cfg.batch_size, cfg.seed))]
-    if cfg.method == "dpo_rm":
-        model = rl.load_causal_lm(cfg.model, cfg, Env())
-        with torch.no_grad():  # so that the log-ratios are not all 0
-            torch.manual_seed(1)
-            reference = rl.load_causal_lm(cfg.model, cfg, Env())
-    else:
-        model = tdrm.load_reward_model(cfg.model, torch.float32, cfg.seed)
+    batch = next(data.batches([len(p) for p in pairs], cfg.batch_size, cfg.seed))
+    model = reference = load_policy(cfg.model, torch.float32)
+    if cfg.method != "DPO-RM":
+        model = new_reward_model(cfg.model, TOKENIZER, torch.float32, cfg.seed).model
     losses = []
-    for pair in batch:
-        scores = []
-        for side in (pair["chosen"], pair["rejected"]):
-            ids, n = side["input_ids"], side["prompt_length"]
-            out = model(input_ids=torch.tensor([ids])).logits[0].double()
-            if cfg.method == "dpo_rm":
-                ref = reference(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1).detach()
-                scores.append(0.1 * sum(out.log_softmax(-1)[t - 1, ids[t]] - ref[t - 1, ids[t]] for t in range(n, len(ids))))
-            else:
-                z = out[n:, 0]
-                scores.append(z.mean() if cfg.method == "qrm" else z[-1])
-        gap = scores[0] - scores[1]
-        losses.append(F.softplus(-(0.2 * gap - 2.0 if cfg.method == "qrm" else gap)))
+    for pair in (pairs[i] for i in batch):
+        sides = pair.chosen, pair.rejected
+        chosen, rejected = (naive_score(cfg, model, reference, side) for side in sides)
+        gap = chosen - rejected
+        losses.append(F.softplus(2.0 - 0.2 * gap if cfg.method == "Q-RM" else -gap))
     (sum(losses) / len(losses)).backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    return gradient_of(model)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_are_the_naive_ones_at_any_micro_batch_and_world(home, tmp_path, method):
-    cfg = config(home, tmp_path / "run", method=method, batch_size=9)
+def test_gradients_are_the_naive_ones(home, tmp_path, method):
+    """At any micro-batch size, on one process and on two."""
+    beta = {"Q-RM": 0.2, "ORM": 1.0, "DPO-RM": 0.1}[method]
+    cfg = config(home, tmp_path / "run", method=method, beta=beta, batch_size=9)
     wanted = naive_gradient(home, cfg)
-    for micro in (0, 1, 4):
-        got = first_gradient(Env(), dataclasses.replace(cfg, micro_batch_size=micro))
-        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
-    assert ranks(2, tmp_path, first_gradient, dataclasses.replace(cfg, micro_batch_size=2), str(tmp_path / "rank")) == [0, 0]
+
+    def close(gradient):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-6)
+
+    for micro in (None, 1, 4):
+        close(first_gradient(ALONE, replace(cfg, micro_batch_size=micro)))
+    micro = replace(cfg, micro_batch_size=2)
+    assert ranks(2, tmp_path, first_gradient, micro, str(tmp_path / "rank")) == [0, 0]
     for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"rank{rank}.pt"), wanted, rtol=1e-3, atol=1e-6)
+        close(torch.load(tmp_path / f"rank{rank}.pt"))
 
 
-def run(env, cfg, kill_at=None):
-    rate = sft.learning_rate
-
-    def patched(step, *rest):
-        if step == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return rate(step, *rest)
-    sft.learning_rate = patched
-    try:
-        qrm.main(cfg, env)
-    finally:
-        sft.learning_rate = rate
+# --------------------------------------------------------------------------------------------------
+# Whole runs.
 
 
-@pytest.mark.parametrize("world, method", [(1, "qrm"), (1, "dpo_rm"), (2, "qrm")])
+@pytest.mark.parametrize("world, method", [(1, "Q-RM"), (1, "DPO-RM"), (2, "Q-RM")])
 def test_a_killed_run_continues_exactly(home, tmp_path, world, method):
-    cfg = config(home, tmp_path / "whole", method=method, steps=6, save_every=2, eval_every=3)
-    assert ranks(world, tmp_path, run, cfg) == [0] * world
-    killed = dataclasses.replace(cfg, out=str(tmp_path / "killed"))
-    assert ranks(world, tmp_path, run, killed, 3) == [-signal.SIGKILL] * world
-    assert ranks(world, tmp_path, run, dataclasses.replace(killed, resume=True, micro_batch_size=0)) == [0] * world
-    for name in ("metrics.jsonl", "summary.json", "model/model.safetensors", "model/reward.json"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = settings(home, whole, method=method, steps=6, save_every=2, eval_every=3)
+    assert ranks(world, tmp_path, train, "qrm", options) == [0] * world
+    options["out"] = str(killed)
+    fault = (at_step, 3, signal.SIGKILL)
+    codes = ranks(world, tmp_path, train, "qrm", options, fault)
+    assert codes == [-signal.SIGKILL] * world
+    options |= {"resume": True, "micro_batch_size": None}
+    assert ranks(world, tmp_path, train, "qrm", options) == [0] * world
+    assert_same_run(killed, whole)
+    for name in ("metrics.jsonl", "model/reward.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.fixture(scope="module")
 def trained(home):
-    """A reward model's folder of each method."""
+    """A trained reward model's folder for each method."""
     folders = {}
     for method in METHODS:
         out = home / f"trained-{method}"
-        summary = qrm.main(config(home, out, method=method, steps=12, eval_every=6, lr=3e-3), Env())
-        assert 0 <= summary["pair_accuracy"] <= 1
+        cfg = config(home, out, method=method, steps=12, eval_every=6, lr=3e-3)
+        assert 0 <= qrm.main(cfg, ALONE)["pair_accuracy"] <= 1
         folders[method] = str(out / "model")
     return folders
 
 
-def test_what_a_run_leaves(home, trained, capsys):
-    for method, folder in trained.items():
-        rows = [json.loads(line) for line in open(os.path.join(folder, "..", "metrics.jsonl"))]
-        first = {"qrm": softplus(2), "orm": math.log(2), "dpo_rm": math.log(2)}[method]
-        assert rows[0]["loss"] == pytest.approx(first, abs=0.2 if method == "orm" else 0.05)
-        assert "pair_accuracy" in rows[5] and len(rows) == 12
-        about = json.load(open(os.path.join(folder, "reward.json")))
-        assert about == {"qrm": {"kind": "qrm", "scale": 0.2}, "orm": {"kind": "orm", "scale": 1.0},
-                         "dpo_rm": {"kind": "implicit", "beta": 0.1}}[method]
-        if method == "dpo_rm":
-            ref, policy = (load_file(f"{f}/model.safetensors") for f in (folder + "/reference", home / "policy"))
-            assert all(torch.equal(ref[name], policy[name]) for name in policy)
+ABOUT = {
+    "Q-RM": {"kind": "qrm", "scale": 0.2},
+    "ORM": {"kind": "orm"},
+    "DPO-RM": {"kind": "implicit", "beta": 0.1, "temperature": 1.0},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_run_leaves(home, trained, method):
+    folder = trained[method]
+    rows = metrics(os.path.dirname(folder))
+    first = softplus(2) if method == "Q-RM" else math.log(2)
+    assert rows[0]["loss"] == pytest.approx(first, abs=0.2 if method == "ORM" else 0.05)
+    assert "pair_accuracy" in rows[5] and len(rows) == 12
+    with open(os.path.join(folder, "reward.json")) as f:
+        assert json.load(f) == ABOUT[method]
+    if method == "DPO-RM":
+        reference = load_file(f"{folder}/reference/model.safetensors")
+        policy = load_file(home / "policy" / "model.safetensors")
+        assert all(torch.equal(reference[name], policy[name]) for name in policy)
+
+
+def held_out_sides(home, count):
+    sides = [side for p in load(home)[1] for side in (p.chosen, p.rejected)]
+    return sides[:count]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_search_reads_the_same_scores(home, trained, method):
-    """What training compares is what Best-of-N ranks by, up to the sigmoid."""
-    folder, tokenizer = trained[method], data.builtin_tokenizer()
-    held_out = load(home)[1][:3]
-    sides = [side for p in held_out for side in (p["chosen"], p["rejected"])]
-    q, m = prime.stack(qrm.token_scores(qrm.load_reward(folder, config(home), Env()), sides, config(home), Env(), 0))
-    wanted = qrm.response_scores(q, m, qrm.REDUCTIONS[method]) * (0.2 if method == "qrm" else 1)
-    scorer = load_scorer(folder, torch.float32, tdrm.load_reward_model).eval()
-    assert scorer.reads_eos
-    from search_minimal import score_texts
-    texts = [data.STEP_END.join(side["completions"]) for side in sides]
-    values, _ = score_texts(scorer, tokenizer, [side["prompt"] for side in sides], [[t] for t in texts], Env())
-    assert torch.logit(torch.tensor([v[0][-1] for v in values])).tolist() == pytest.approx(wanted.tolist(), abs=1e-3)
+    """What training compares is what best-of-n ranks by, up to the sigmoid."""
+    reward = load_reward_model(trained[method], torch.float32)
+    kind, reduce, _ = qrm.METHODS[method]
+    sides = held_out_sides(home, 6)
+    scores = qrm.response_scores(*stack(reward.score_tokens(sides, ALONE)), reduce)
+    wanted = scores * (0.2 if kind == "qrm" else 1)
+    examples = []
+    for side in sides:
+        ids = reward.encode(side.prompt, side.completions)
+        assert ids[0] == side.input_ids  # the end included
+        examples.append(data.Example(side.prompt, side.completions, *ids))
+    last = torch.tensor([values[-1] for values in reward.score_steps(examples, ALONE)])
+    assert last.logit().tolist() == pytest.approx(wanted.tolist(), abs=1e-3)
 
 
-def test_token_scores_do_not_depend_on_the_batch(home, trained):
-    sides = [p[side] for p in load(home)[1] for side in ("chosen", "rejected")][:7]
-    for method, folder in trained.items():
-        reward = qrm.load_reward(folder, config(home), Env())
-        assert not any(p.requires_grad for p in reward.parameters()) and reward.method == method
-        alone = [qrm.token_scores(reward, [side], config(home), Env(), 0)[0] for side in sides]
-        for micro in (0, 3):
-            together = qrm.token_scores(reward, sides + sides[:2], config(home, micro_batch_size=micro), Env(), 0)
-            for a, b, side in zip(alone + alone[:2], together, sides + sides[:2], strict=True):
-                assert len(b) == len(side["input_ids"]) - side["prompt_length"]
-                assert a.tolist() == pytest.approx(b.tolist(), abs=1e-4)
-
-
-def rl_config(home, out, rm, loop, **more):
-    return config(home, out, **{"rm": rm, "rl": loop, "data": (str(home / "problems.jsonl"),), "steps": 2, "batch_size": 0, "prompts_per_step": 6,
-                                "group_size": 2, "eval_problems": 4, "max_new_tokens": 12, "show_every": 1, **more})
-
-
-@pytest.mark.parametrize("loop", ["reinforce", "ppo"])
 @pytest.mark.parametrize("method", METHODS)
-def test_rl(home, trained, tmp_path, parity, method, loop, capsys):
-    more = {"group_size": 1} if method == "qrm" else {"centre": False, "kl_coef": 0.0}
-    summary = qrm.main(rl_config(home, tmp_path / "run", trained[method], loop, **more), Env())
-    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
-    assert len(rows) == 3 and summary["steps"] == 2 and os.path.isdir(tmp_path / "run" / "model")
-    assert all(row["max_ratio_deviation"] < 1e-3 and row["grad_norm"] > 0 and row["score_std"] > 0 for row in rows[1:])
-    assert all(("critic_loss" in row) == (loop == "ppo") for row in rows[1:]) == True  # noqa: E712
-    assert os.path.isdir(tmp_path / "run" / "critic") == (loop == "ppo")
-    before, after = load_file(home / "policy" / "model.safetensors"), load_file(tmp_path / "run" / "model" / "model.safetensors")
-    assert any(not torch.equal(before[name], after[name]) for name in before)
+def test_token_scores_do_not_depend_on_the_batch(home, trained, method):
+    sides = held_out_sides(home, 7)
+    reward = load_reward_model(trained[method], torch.float32)
+    assert not any(p.requires_grad for p in reward.parameters())
+    assert reward.kind == qrm.METHODS[method][0]
+    alone = [reward.score_tokens([side], ALONE)[0] for side in sides]
+    for rows_at_once in (64, 3):
+        together = reward.score_tokens(sides, ALONE, rows_at_once)
+        for a, b, side in zip(alone, together, sides, strict=True):
+            assert len(b) == len(side) - side.prompt_length
+            assert a.tolist() == pytest.approx(b.tolist(), abs=1e-4)
 
 
-def test_reinforce_pays_each_token_its_own_score(home, trained, tmp_path, parity, monkeypatch):
-    seen, update = [], rl.update_policy
-    monkeypatch.setattr(rl, "update_policy", lambda policy, model, optimizer, rows, *rest: (
-        seen.append([dict(row) for row in rows]), update(policy, model, optimizer, rows, *rest))[1])
-    for method, folder in trained.items():
-        seen.clear()
-        cfg = rl_config(home, tmp_path / method, folder, "reinforce", steps=2, lr=3e-3, kl_coef=0.7)
-        qrm.main(cfg, Env())
-        rows = seen[1]  # the policy has moved
-        initial = AutoModelForCausalLM.from_pretrained(home / "policy")
-        q = qrm.token_scores(qrm.load_reward(folder, cfg, Env()), rows, cfg, Env(), 0)
-        q = [np.full(len(x), x[-1]) for x in q] if method == "orm" else q
-        everything = np.concatenate(q)
-        for row, x in zip(rows, q):
-            ids, n = torch.tensor([row["input_ids"]]), len(x)
-            ref = initial(ids).logits[0, -n - 1:-1].log_softmax(-1).gather(-1, ids[0, -n:, None])[:, 0].detach().numpy()
-            a = (x - everything.mean()) / everything.std(ddof=1) - 0.7 * (row["old_logprobs"] - ref)
-            assert np.abs(row["old_logprobs"] - ref).max() > 0.01
-            assert row["advantages"].tolist() == pytest.approx([*a[:-1], a.mean()], abs=2e-3)
-
-
-def rl_run(env, cfg):
-    data.verify = lambda text, answer: len(text) % 2 == 0
-    qrm.main(cfg, env)
-
-
-def test_rl_on_two_ranks_and_resumed(home, trained, tmp_path, parity):
-    cfg = rl_config(home, tmp_path / "one", trained["qrm"], "ppo", save_every=1, steps=3)
-    qrm.main(cfg, Env())
-    assert ranks(2, tmp_path, rl_run, dataclasses.replace(cfg, out=str(tmp_path / "two"))) == [0, 0]
-    keys = ("step", "reward", "verifiable", "grad_norm", "critic_loss", "score_mean", "pass@1")
-    read = lambda out: [{k: row[k] for k in keys if k in row} for row in map(json.loads, open(out / "metrics.jsonl"))]  # noqa: E731
-    for a, b in zip(read(tmp_path / "one"), read(tmp_path / "two"), strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
-    stopped, end = dataclasses.replace(cfg, out=str(tmp_path / "stopped")), rl.end_of_step
-    try:
-        rl.end_of_step = lambda *args: end(*args) or args[3] == 1
-        assert qrm.main(stopped, Env()) is None
-    finally:
-        rl.end_of_step = end
-    qrm.main(dataclasses.replace(stopped, resume=True), Env())
-    assert read(tmp_path / "stopped") == read(tmp_path / "one")
-    for name in ("model", "critic"):
-        assert (tmp_path / "stopped" / name / "model.safetensors").read_bytes() == (tmp_path / "one" / name / "model.safetensors").read_bytes()
-
-
-def test_with_no_options_it_samples(home, tmp_path, parity, monkeypatch, capsys):
+def test_with_no_options_it_samples(home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sft, "builtin_policy", lambda level, env: str(home / "policy"))
-    cfg = qrm.Config(problems=30, eval_problems=8, max_new_tokens=24, samples=12, steps=2, batch_size=8)
-    summary = qrm.main(cfg, Env())
-    assert set(qrm.MEASURES) <= set(summary) and os.path.exists("runs/qrm/model/reward.json")
+    monkeypatch.setattr(sft, "builtin_policy", lambda level, procs: str(home / "policy"))
+    few = {"problems": 30, "eval_problems": 8, "steps": 2, "batch_size": 8}
+    summary = qrm.main(qrm.Config(**few, **SAMPLED), ALONE)
+    assert qrm.MEASURES.keys() <= summary.keys()
+    assert os.path.exists("runs/Q-RM/model/reward.json")
     shown = capsys.readouterr().out
-    assert "\nright: " in shown and "\nwrong: " in shown and shown.count("<- first wrong step") == 1 and "\033[" not in shown
-    rm = qrm.builtin_reward_model("builtin", "qrm", Env())  # it is there, nothing is trained
-    assert rm == os.path.join("runs", "qrm", "model")
+    assert "\nright: " in shown and "\nwrong: " in shown and "\033[" not in shown
+    assert shown.count("<- first wrong step") == 1
+    folder = tdrm.builtin_reward_model("builtin", ALONE, "Q-RM")  # it is there, nothing is trained
+    assert folder == os.path.join("runs", "Q-RM", "model")
 
 
-def test_view(capsys):
-    tokenizer = data.builtin_tokenizer()
-    row = trajectory("7+8", ["7+8=6", "\\boxed{6}"], False, first_error=0)
-    ids, prompt_length, ends = data.encode_trajectory(tokenizer, row["prompt"], row["completions"], eos=True)
-    e = row | {"input_ids": ids, "prompt_length": prompt_length, "step_ends": ends}
-    scores = np.array([1, 1, 1, 1, -4, -2, -1, -1, -1, -1.0])
-    qrm.print_tokens("wrong", tokenizer, e, scores, 0.0, color=False)
+# --------------------------------------------------------------------------------------------------
+# Something to look at.
+
+
+@pytest.fixture
+def wrong_solution():
+    steps = ["7+8=6", "\\boxed{6}"]
+    places = data.encode_trajectory(TOKENIZER, "7+8", steps, eos=True)
+    return data.Example("7+8", steps, *places, correct=False, first_error=0)
+
+
+Z = np.array([1, 1, 1, 1, -4, -2, -1, -1, -1, -1.0])
+
+
+def test_places_in_a_solution(wrong_solution):
+    e = wrong_solution
+    result = e.input_ids[e.prompt_length + qrm.result_token(e, 0)]
+    assert result == TOKENIZER.convert_tokens_to_ids("6") and qrm.result_token(e, 1) == 8
+    # The first step has six tokens, the second three.
+    assert qrm.step_scores(Z, e, "qrm") == pytest.approx([-2 / 6, -1])
+    assert qrm.step_scores(Z, e, "implicit") == pytest.approx([-2, -5])
+
+
+def test_shown_tokens(wrong_solution, capsys, monkeypatch):
+    qrm.print_tokens("wrong", TOKENIZER, wrong_solution, Z, 0.0)
     lines = capsys.readouterr().out.splitlines()
-    assert "6 -1.00" in lines[2] and "7 +0.25" in lines[2] and lines[2].endswith("<- first wrong step") and "first wrong" not in lines[3]
-    assert ids[prompt_length + qrm.result_token(e, 0)] == tokenizer.convert_tokens_to_ids("6")
-    assert qrm.result_token(e, 1) == 8
-    qrm.print_tokens("wrong", tokenizer, e, scores, 0.0, color=True)
+    assert "6 -1.00" in lines[2] and "7 +0.25" in lines[2]
+    assert lines[2].endswith("<- first wrong step") and "first wrong" not in lines[3]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    qrm.print_tokens("wrong", TOKENIZER, wrong_solution, Z, 0.0)
     coloured = capsys.readouterr().out
-    assert coloured.count("48;5;196m") == 1 and "48;5;196m6\033" in coloured  # the wrong token stands out
-    assert qrm.step_scores(scores, e, "qrm") == pytest.approx([-2 / 6, -1])  # the first step has six tokens, the second three
-    assert qrm.step_scores(scores, e, "dpo_rm") == pytest.approx([-2, -5])
+    assert coloured.count("48;5;196m") == 1 and "48;5;196m6\033" in coloured  # the wrong token
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input: one line that names the option, or the file and line.
 
-def test_bad_input(home, trained, tmp_path):
-    def error(cfg):
-        with pytest.raises(BadInput) as caught:
-            qrm.main(cfg, Env())
-        message = str(caught.value)
-        assert len(message.splitlines()) == 1
-        return message
-    rows = [json.loads(line) for line in open(home / "samples.jsonl")]
-    right = write(tmp_path / "right.jsonl", [{"prompt": r["prompt"], "completions": r["completions"], "correct": True} for r in rows])
-    open_end = write(tmp_path / "open.jsonl", [{"question": {"problem": "1+1?", "ground_truth_answer": "2"}, "label": {"steps": [
-        {"completions": [{"text": "2.", "rating": 1}], "human_completion": None, "chosen_completion": 0}], "finish_reason": "give_up"}}])
-    broken = write(tmp_path / "broken.jsonl", [{"prompt": "1+1", "chosen": "2", "rejected": "3"}, {"prompt": "1+1", "chosen": "2"}])
-    assert "right.jsonl: no question there has both" in error(config(home, pairs_from=(right,), data=("builtin",)))
-    assert "open.jsonl:1: whether it is right is not known" in error(config(home, pairs_from=(open_end,), data=("builtin",)))
-    assert "broken.jsonl:2: lacks rejected" in error(config(home, data=(broken,)))
-    assert "nowhere.jsonl: cannot be read" in error(config(home, data=("nowhere.jsonl",)))
-    assert error(config(home, max_length=10)).startswith("--max_length 10: none of the")
-    assert error(config(home, eval=(str(home / "pairs.jsonl"),))).startswith("--eval: it has all questions")
-    assert error(config(home, model="")).startswith("--data: your own pairs need --model")
-    assert error(config(home, rm=trained["qrm"])).startswith("--rm: ")
-    assert error(config(home, data=("builtin", "x.jsonl"))).startswith("--data builtin x.jsonl")
-    loop = lambda **more: error(rl_config(home, tmp_path / "x", **{"rm": trained["qrm"], "loop": "reinforce", **more}))  # noqa: E731
-    assert loop(rm=str(tmp_path / "none")).startswith("--rm ") and loop(rm=str(home / "policy")).startswith("--rm ")
-    assert loop(pairs_from=(right,)).startswith("--pairs_from: ")
-    assert loop(data=(str(home / "pairs.jsonl"),)).count("pairs.jsonl:1: ") == 1
-    assert loop(max_new_tokens=2048).startswith("--max_new_tokens 2048: ")
-    import shutil
-    for text in ("{", "[]", '{"kind": "other"}', '{"kind": "implicit"}'):
-        shutil.copytree(trained["qrm"], tmp_path / "rm", dirs_exist_ok=True)
-        (tmp_path / "rm" / "reward.json").write_text(text)
-        assert loop(rm=str(tmp_path / "rm")).startswith(f"--rm: {tmp_path}/rm/reward.json is damaged")
-    shutil.copytree(trained["qrm"], tmp_path / "rm", dirs_exist_ok=True)
-    data.byte_tokenizer().save_pretrained(tmp_path / "rm")
-    assert "its tokenizer is not the policy's" in loop(rm=str(tmp_path / "rm"))
-    assert not os.path.exists(tmp_path / "x")  # a mistake leaves nothing behind
+PRM800K = {  # the annotator gave up
+    "question": {"problem": "1+1?", "ground_truth_answer": "2"},
+    "label": {
+        "steps": [
+            {
+                "completions": [{"text": "2.", "rating": 1}],
+                "human_completion": None,
+                "chosen_completion": 0,
+            }
+        ],
+        "finish_reason": "give_up",
+    },
+}
+PAIR = {"prompt": "1+1", "chosen": "2", "rejected": "3"}
+
+
+@pytest.fixture(scope="module")
+def bad_files(home):
+    """Files of right solutions, of an open outcome, and of a broken pair."""
+    with open(home / "samples.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    for row in rows:
+        row["correct"] = True
+        del row["answer"]
+    write_rows(home / "right.jsonl", rows)
+    write_rows(home / "open.jsonl", [PRM800K])
+    write_rows(home / "broken.jsonl", [PAIR, {"prompt": "1+1", "chosen": "2"}])
+    return home
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"pairs_from": ("right.jsonl",)}, "right.jsonl: no question there has both"),
+        ({"pairs_from": ("open.jsonl",)}, "open.jsonl:1: whether it is right is not known"),
+        ({"data": ("broken.jsonl",)}, "broken.jsonl:2: lacks rejected"),
+        ({"data": ("nowhere.jsonl",)}, "nowhere.jsonl: cannot be read"),
+        ({"max_length": 10}, "--max_length 10: none of the"),
+        ({"eval": ("pairs.jsonl",)}, "--eval: it has all questions"),
+        ({"model": None}, "--data: your own pairs need --model"),
+        ({"data": ("builtin", "x.jsonl")}, "--data builtin x.jsonl"),
+    ],
+    ids=str,
+)
+def test_bad_input(bad_files, tmp_path, monkeypatch, more, message):
+    monkeypatch.chdir(bad_files)
+    if "pairs_from" in more:
+        more = more | {"data": ("builtin",)}
+    with pytest.raises(BadInput) as caught:
+        qrm.main(config(bad_files, tmp_path / "run", **more), ALONE)
+    found = str(caught.value)
+    assert found.startswith(message) and "\n" not in found
+    assert not (tmp_path / "run").exists()  # a mistake leaves nothing behind

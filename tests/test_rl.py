@@ -1,8 +1,8 @@
-"""Training a policy by its rewards: formulas against tables and loops, gradients, known optima, whole
-runs.
+"""Training a policy by its rewards: formulas against tables and loops, gradients, known optima,
+whole runs.
 
-A run's verifier is satisfied here by the answer's digit anywhere in a response: an untrained policy is
-never right.
+A run's verifier is satisfied here by the answer's digit anywhere in a response: an untrained policy
+is never right.
 """
 
 import json
@@ -24,6 +24,7 @@ import rl_minimal as rl
 import sft_minimal as sft
 import tdrm_minimal as tdrm
 from helpers import assert_same_run, at_step, in_save, numbers, ranks, save_policy, write_rows
+from parts import verifier
 from parts.formats import BadInput, split_steps
 from parts.models import encode_prompt, load_policy
 from parts.rewards import load_reward_model, new_reward_model
@@ -41,7 +42,7 @@ def easy(text, answer):
 
 @pytest.fixture(autouse=True)
 def easily_satisfied(monkeypatch):
-    monkeypatch.setattr(rl, "verify", easy)
+    monkeypatch.setattr(verifier, "verify", easy)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -542,7 +543,7 @@ def test_auroc_rises_on_fixed_rollouts(home):
 
 def on_ranks(procs, home, folder):
     """What a rank computes -> a file: rollouts, gradients with many rows and with one, numbers."""
-    rl.verify = easy
+    verifier.verify = easy
     cfg, found = replace(CFG, batch_size=2), {}
     policy = prepare(Policy(make_policy(), TOKENIZER), cfg, procs)
     model = policy.module.model
@@ -649,7 +650,7 @@ def test_chain(estimator):
 
 
 def train(procs, options, fault=None):
-    rl.verify = easy
+    verifier.verify = easy
     if fault:
         fault[0](procs, *fault[1:])
     rl.main(rl.Config(**options), procs)
@@ -798,11 +799,11 @@ def half_broken(text, answer):
 
 
 def test_a_verifier_that_raises_is_counted(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(rl, "verify", broken)
+    monkeypatch.setattr(verifier, "verify", broken)
     run(home, tmp_path / "run", steps=1)
     row = numbers(tmp_path / "run")[-1]
     assert row["verifier_failed"] == 1 and row["correct"] == 0 and row["grad_norm"] > 0
-    monkeypatch.setattr(rl, "verify", half_broken)
+    monkeypatch.setattr(verifier, "verify", half_broken)
     rollouts = rolled_out(make_policy())
     assert {r.failed for r in rollouts} == {True, False}
     for r in rollouts:

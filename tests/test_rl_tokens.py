@@ -1,8 +1,8 @@
-"""Credit for single tokens: formulas against numbers worked out by hand and against loops, the critic,
-REINFORCE and PPO with each kind of reward model.
+"""Credit for single tokens: formulas against numbers worked out by hand and against loops, the
+critic, REINFORCE and PPO with each kind of reward model.
 
-A random policy is never right, so where responses are sampled the verifier looks at the parity of their
-length: nonsense, but a function of the text alone.
+A random policy is never right, so where responses are sampled the verifier looks at the parity of
+their length: nonsense, but a function of the text alone.
 """
 
 import os
@@ -16,7 +16,7 @@ import torch
 import data
 import rl_minimal as rl
 from helpers import assert_same_run, at_step, numbers, ranks, save_policy, write_rows
-from parts import credit
+from parts import credit, verifier
 from parts.credit import Critic
 from parts.formats import BadInput
 from parts.models import load_policy
@@ -169,7 +169,7 @@ def home(tmp_path_factory):
     write_rows(home / "problems.jsonl", data.make_problems(12))
     name = str(home / "policy")
     for kind, scale in (("qrm", 0.2), ("orm", 1.0)):
-        reward = new_reward_model(name, TOKENIZER, torch.float32, 5, kind, scale)
+        reward = new_reward_model(name, TOKENIZER, torch.float32, 5, kind, scale=scale)
         reward.save(str(home / kind))
     policy, other = (load_policy(str(home / name), torch.float32) for name in ("policy", "other"))
     RewardModel(other, TOKENIZER, "implicit", policy, beta=0.1).save(str(home / "implicit"))
@@ -261,8 +261,8 @@ def test_critic(gamma, lam, micro, home):
 
 def naive_rewards(prm, rollouts, kl_reward, ppo):
     """A list for each response: the standardised score, less what it cost to leave the initial
-    policy. An ORM's score is paid at every token or, where a critic hands it on, at the last; the KL
-    at every token."""
+    policy. An ORM's score is paid at every token or, where a critic hands it on, at the last; the
+    KL at every token."""
     scores, rewards = [], []
     for r in rollouts:
         ids, n = torch.tensor([r.input_ids]), r.prompt_length
@@ -328,11 +328,11 @@ def parity(text, answer):
 
 @pytest.fixture(autouse=True)
 def verify_parity(monkeypatch):
-    monkeypatch.setattr(rl, "verify", parity)
+    monkeypatch.setattr(verifier, "verify", parity)
 
 
 def train(procs, options, fault=None):
-    rl.verify = parity
+    verifier.verify = parity
     if fault:
         fault[0](procs, *fault[1:])
     rl.main(rl.Config(**options), procs)

@@ -1,10 +1,11 @@
-"""The scripts as they are started: --help of each, and each of them on two processes under torchrun,
-from a tiny policy to a search and to RL with the reward models that were trained from it."""
+"""The scripts as they are started: --help of each, and each on two processes under torchrun, from a
+tiny policy to a search and to RL with the reward models that were trained from it."""
 
 import importlib
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from dataclasses import fields
@@ -76,28 +77,37 @@ def test_help_in_a_process_of_its_own(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Under torchrun: one start for all scripts, one after the other. Their runs are in runs/.
+# Under torchrun: one start for all scripts, one after the other, each meeting at a port of its own
+# (in the store that torchrun offers, each would find what the one before it left).
 
 SEVERAL = """
-import json, runpy, sys
-for words in json.loads(sys.argv[1]):
-    sys.argv = words
+import json, os, runpy, sys
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+for port, words in json.loads(sys.argv[1]):
+    sys.argv, os.environ["MASTER_PORT"] = words, str(port)
     runpy.run_path(words[0], run_name="__main__")
 """
 LEARN = {"steps": 2, "batch_size": 8, "max_length": 128}
-TDRM = LEARN | {"model": "runs/sft/model", "data": ("rows.jsonl",), "out": "runs/TDRM"}
-SEARCH = {"n": 2, "beam": 2, "expand": 2, "max_new_tokens": 8, "problems": 4}
-ROLLOUTS = {"steps": 1, "prompts_per_step": 4, "group_size": 2, "max_new_tokens": 8}
-ROLLOUTS |= {"max_length": 128, "eval_problems": 4}
-BOTH = ("runs/TDRM/model", "runs/Q-RM/model")
-RUNS = {
-    "sft": LEARN | {"model": "policy", "data": "rows.jsonl", "max_new_tokens": 8},
-    "tdrm": TDRM,
-    "qrm": LEARN | {"model": "runs/sft/model", "data": "pairs.jsonl"},
-    "search": SEARCH | {"model": "runs/sft/model", "data": "problems.jsonl", "prm": BOTH},
-    "rl": ROLLOUTS | {"model": "runs/sft/model", "data": "problems.jsonl", "prm": BOTH[0]},
-    "prime": ROLLOUTS | {"model": "runs/sft/model", "data": "problems.jsonl"},
-}
+TDRM = LEARN | {"model": "runs/sft/model", "data": ("rows.jsonl",)}
+SAMPLE = {"model": "runs/sft/model", "data": "problems.jsonl", "max_new_tokens": 8}
+SEARCH = SAMPLE | {"n": 2, "beam": 2, "expand": 2, "problems": 4}
+RL = SAMPLE | {"steps": 2, "prompts_per_step": 4, "group_size": 2, "max_length": 128}
+TOKENS = {"credit": "token", "estimator": "ppo", "gamma": 0, "kl_reward": 0.1, "alpha": 0}
+RUNS = [
+    ("sft", LEARN | {"model": "policy", "data": "rows.jsonl", "max_new_tokens": 8}),
+    ("tdrm", TDRM),
+    ("qrm", LEARN | {"model": "runs/sft/model", "data": "pairs.jsonl"}),
+    ("search", SEARCH | {"prm": ("runs/TDRM/model", "runs/Q-RM/model")}),
+    ("rl", RL | {"prm": "runs/TDRM/model"}),
+    ("rl", RL | TOKENS | {"prm": "runs/Q-RM/model", "out": "runs/tokens"}),
+    ("prime", RL | {"accuracy": (0, 1)}),
+]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
 
 
 def command(script, options):
@@ -125,7 +135,7 @@ def home(tmp_path_factory):
     for name, kept in (("rows", rows), ("problems", problems), ("pairs", pairs)):
         write_rows(home / f"{name}.jsonl", kept)
     (home / "several.py").write_text(SEVERAL)
-    commands = json.dumps([command(*run) for run in RUNS.items()])
+    commands = json.dumps([(free_port(), command(*run)) for run in RUNS])
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ROOT}
     more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 180}
@@ -134,11 +144,44 @@ def home(tmp_path_factory):
     return home, done.stdout
 
 
-@pytest.mark.parametrize("folder, steps", [("sft", 2), ("TDRM", 2), ("Q-RM", 2)])
-def test_torchrun_of_a_script_that_trains(folder, steps, home):
+TRAINED = {  # the runs' folders, and those of their models
+    "sft": ["model"],
+    "TDRM": ["model"],
+    "Q-RM": ["model"],
+    "rl": ["model"],
+    "tokens": ["critic", "model"],
+    "prime": ["model", "prm"],
+}
+
+
+@pytest.mark.parametrize("name, models", TRAINED.items())
+def test_torchrun_of_a_script_that_trains(name, models, home):
     home, output = home
-    out = home / "runs" / folder
-    assert [row["step"] for row in metrics(out)][-steps:] == list(range(1, steps + 1))
-    assert all(row["loss"] > 0 and row["skipped"] == 0 for row in metrics(out))
-    assert {"config.json", "summary.json", "model", "state"} <= set(os.listdir(out))
-    assert output.count(f"the result is in runs/{folder}/model") == 1
+    out = home / "runs" / name
+    names = ["config.json", "metrics.jsonl", "state", "summary.json", *models]
+    assert sorted(os.listdir(out)) == sorted(names)
+    assert os.listdir(out / "state") == ["step_00000002"]
+    first, second = metrics(out)[-2:]
+    assert (first["step"], second["step"]) == (1, 2)
+    assert second["grad_norm"] > 0 and second["skipped"] == 0
+    assert output.count(f"the result is in runs/{name}/model") == 1  # the first process alone talks
+
+
+def test_torchrun_of_search(home):
+    home, output = home
+    summary = json.loads((home / "runs" / "search" / "summary.json").read_text())
+    assert summary["problems"] == 4
+    methods = [row["method"] for row in summary["rows"]]
+    for prm in ("TDRM", "Q-RM"):
+        assert {f"best-of-n, {prm}", f"beam search 2 x 2, {prm}"} <= set(methods)
+    assert output.count("best-of-n, TDRM") == 1
+    assert len((home / "runs" / "search" / "samples.jsonl").read_text().splitlines()) == 8
+
+
+def test_torchrun_is_as_any_two_processes(home, tmp_path, monkeypatch):
+    home, output = home
+    assert "2 steps of 8, 2 processes on cpu" in output
+    monkeypatch.chdir(home)
+    options = TDRM | {"out": str(tmp_path / "run")}
+    assert ranks(2, tmp_path, train, "tdrm", options) == [0, 0]
+    assert_same_run(tmp_path / "run", home / "runs" / "TDRM")

@@ -26,7 +26,7 @@ from parts import decoding
 from parts.answers import verify
 from parts.decoding import Sample, sample
 from parts.formats import read_trajectories, split_steps
-from parts.models import encode_prompt, load_tokenizer
+from parts.models import Layout, encode_prompt, load_tokenizer
 from parts.rewards import load_reward_model, new_reward_model
 from parts.runs import Processes
 from test_decoding import EOS, PROMPTS, TOKENIZERS, full_logits, llama, naive, policy, tokens_read
@@ -228,7 +228,7 @@ def test_responses_to_many_prompts_are_scored_together(models):
     prm = models["qwen2"]
     texts = [["1=1\n\n2", "3", "1=1\n\n2"], [" "], ["3", "", "4\n\n5\n\n6"], []]
     responses = [[(text, True) for text in mine] for mine in texts]
-    values, tokens = search.score_responses(prm, PROMPTS, responses, CPU)
+    values, tokens = search.score_responses(prm, PROMPTS, responses, Layout(), CPU)
     for prompt, mine, found, count in zip(PROMPTS, texts, values, tokens):
         rows = {}
         for text in filter(str.strip, mine):
@@ -238,7 +238,8 @@ def test_responses_to_many_prompts_are_scored_together(models):
         for text, v in zip(mine, found):
             assert v == pytest.approx(rows.get(text, ([],))[0], abs=1e-4)
     nothing = [[("", True), (" ", False)]]
-    assert search.score_responses(prm, ["1+2"], nothing, CPU) == ([[[], []]], [0])
+    found = search.score_responses(prm, ["1+2"], nothing, Layout(), CPU)
+    assert found == ([[[], []]], [0])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,7 +316,7 @@ def two_operations(seed, count):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """policy/ (right every other time), reward models tokens/ and sequences/, two_labels/, files."""
+    """policy/ (right now and then), reward models tokens/ and sequences/, two_labels/, files."""
     from transformers import AutoModelForSequenceClassification
 
     place, rows = tmp_path_factory.mktemp("search"), two_operations(0, 80)

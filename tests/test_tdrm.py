@@ -34,14 +34,17 @@ LENGTHS = [1, 2, 3, 4, 7, 8, 1, 5]
 
 def ragged(lengths, seed=0, soft=False):
     """-> values, rewards, outcomes, mask, labels for trajectories of these lengths."""
-    generator, B, S = torch.Generator().manual_seed(seed), len(lengths), max(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    B = len(lengths)
+    S = max(lengths)
 
     def uniform(*shape):
         return torch.rand(*shape, generator=generator)
 
     mask = torch.arange(S) < torch.tensor(lengths)[:, None]
     labels = uniform(B, S) if soft else (uniform(B, S) < 0.6).float()
-    values, rewards = uniform(B, S), (uniform(B, S) - 0.6) * mask
+    values = uniform(B, S)
+    rewards = (uniform(B, S) - 0.6) * mask
     outcomes = (uniform(B) < 0.5).float()
     return values, rewards, outcomes, mask, labels * mask
 
@@ -68,7 +71,8 @@ def test_shaped_rewards_against_the_scalar_formula(correct, wrong, soft):
             expected = [0.0] * mask.shape[1]
             for t in range(1, T + 1):
                 label = labels[b, t - 1].item()
-                right, not_right = cos_fn(t, T, *correct), cos_fn(t, T, *wrong)
+                right = cos_fn(t, T, *correct)
+                not_right = cos_fn(t, T, *wrong)
                 expected[t - 1] = label * right + (1 - label) * not_right
             assert got[b].tolist() == pytest.approx(expected, abs=1e-6)
 
@@ -115,7 +119,9 @@ def against_loop(definition, gamma, n_or_lam, **options):
         values, rewards, outcomes, mask, _ = ragged(LENGTHS, seed)
         got = tdrm.td_targets(values, rewards, outcomes, mask, gamma, **options)
         for b, T in enumerate(LENGTHS):
-            V, r, c = values[b, :T].tolist(), rewards[b, :T].tolist(), outcomes[b].item()
+            V = values[b, :T].tolist()
+            r = rewards[b, :T].tolist()
+            c = outcomes[b].item()
             targets = [definition(V, r, c, t, gamma, n_or_lam) for t in range(1, T + 1)]
             expected = [min(1, max(0, y)) for y in targets] + [0] * (mask.shape[1] - T)
             assert got[b].tolist() == pytest.approx(expected, abs=1e-6)
@@ -146,7 +152,8 @@ def test_the_ends_of_lambda_are_n_step_targets(lam, n_step):
     "n_step, expected", [(1, [0.8, 0.3, 1]), (2, [0.3, 1, 1]), (3, [1, 1, 1]), (99, [1, 1, 1])]
 )
 def test_a_window_that_ends_at_the_last_step_takes_its_value(n_step, expected):
-    values, ones = torch.tensor([[0.9, 0.8, 0.3]]), torch.ones(1, 3)
+    values = torch.tensor([[0.9, 0.8, 0.3]])
+    ones = torch.ones(1, 3)
     got = tdrm.td_targets(values, 0 * ones, torch.ones(1), ones, 1.0, n_step)
     assert got[0].tolist() == pytest.approx(expected)
 
@@ -157,7 +164,9 @@ def test_targets_are_bounded_detached_and_blind_to_padding(options):
     values.requires_grad_()
     got = tdrm.td_targets(values, 9 * rewards, outcomes, mask, **options)
     assert not got.requires_grad
-    assert 0 <= got.min() and got.max() <= 1 and (got[~mask] == 0).all()
+    assert 0 <= got.min()
+    assert got.max() <= 1
+    assert (got[~mask] == 0).all()
     assert {0.0, 1.0} <= set(got[mask].tolist())  # it was clamped, on both sides
 
     expected = tdrm.td_targets(values, rewards, outcomes, mask, **options)
@@ -190,8 +199,10 @@ def test_tabular_td_converges_to_the_outcomes(options):
 @TABULAR
 def test_tabular_td_converges_to_the_share_of_right_solutions(options):
     """Two solutions, one right and one wrong, share their first three states."""
-    table, states = torch.zeros(7), torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]])
-    outcomes, ones = torch.tensor([1.0, 0.0]), torch.ones(2, 5)
+    table = torch.zeros(7)
+    states = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]])
+    outcomes = torch.tensor([1.0, 0.0])
+    ones = torch.ones(2, 5)
     for _ in range(100):
         targets = tdrm.td_targets(table[states], 0 * ones, outcomes, ones, 1.0, **options)
         for s in range(7):
@@ -212,7 +223,8 @@ def test_smoothness_against_loops(lengths):
     values, rewards, _, mask, _ = ragged(lengths, 4)
     jumps, errors, steepest = [], [], []
     for b, T in enumerate(lengths):
-        V, r = values[b].tolist(), rewards[b].tolist()
+        V = values[b].tolist()
+        r = rewards[b].tolist()
         for t in range(T - 1):
             jumps.append(abs(V[t + 1] - V[t]))
             errors.append(abs(r[t] + 0.7 * V[t + 1] - V[t]))
@@ -234,7 +246,8 @@ def test_smoothness_against_loops(lengths):
 def test_auroc_against_pairs_with_ties():
     rng = np.random.default_rng(0)
     for n, levels in itertools.product((2, 3, 10, 60), (1, 2, 5, 10**9)):
-        scores, outcomes = rng.integers(levels, size=n) / levels, rng.random(n) < 0.4
+        scores = rng.integers(levels, size=n) / levels
+        outcomes = rng.random(n) < 0.4
         pairs = itertools.product(scores[outcomes], scores[~outcomes])
         wins = [(right > wrong) + 0.5 * (right == wrong) for right, wrong in pairs]
         got = tdrm.auroc(scores.tolist(), outcomes.tolist())
@@ -245,7 +258,8 @@ def test_calibration_error_against_a_loop():
     rng = np.random.default_rng(1)
     for n in (1, 7, 500):
         values = np.concatenate([rng.random(n), [0, 1, 0.1, 0.3, 0.999999]]).tolist()
-        outcomes, expected = (rng.random(n + 5) < 0.5).tolist(), 0
+        outcomes = (rng.random(n + 5) < 0.5).tolist()
+        expected = 0
         for k in range(10):
             held = [i for i, value in enumerate(values) if min(int(value * 10), 9) == k]
             mean = sum(values[i] for i in held) / max(1, len(held))
@@ -284,7 +298,8 @@ def test_first_error_f1_by_brute_force():
         truth, values = [], []
         for _ in range(n):
             T = rng.randint(1, 7)
-            error, row = rng.choice([-1, rng.randrange(T)]), []
+            error = rng.choice([-1, rng.randrange(T)])
+            row = []
             for t in range(T):
                 right = error == -1 or t < error
                 value = informed * right + (1 - informed) * rng.random()
@@ -446,7 +461,8 @@ def test_one_forward_is_as_good_as_one_for_each_prefix(family, home):
     model = new(home / family)
     logits = fast(model)
     assert logits.dtype == torch.float32
-    assert logits.shape == (sum(len(e.step_ends) for e in EXAMPLES),) and logits.std() > 0.05
+    assert logits.shape == (sum(len(e.step_ends) for e in EXAMPLES),)
+    assert logits.std() > 0.05
     torch.testing.assert_close(logits, slow(model), **CLOSE)
     # What follows a state does not reach back to it.
     longer = [dataclasses.replace(e, input_ids=e.input_ids + [9, 8, 7]) for e in EXAMPLES]
@@ -457,8 +473,10 @@ def test_one_forward_is_as_good_as_one_for_each_prefix(family, home):
 @FAMILIES
 @pytest.mark.parametrize("padding, filler", [(0, 0), (5, 0), (17, 7)])
 def test_padding_on_the_right_does_not_matter(padding, filler, family, home):
-    model, b = new(home / family), data.collate(EXAMPLES, 0)
-    logits, mask = fast(model), F.pad(b["attention_mask"], (0, padding))
+    model = new(home / family)
+    b = data.collate(EXAMPLES, 0)
+    logits = fast(model)
+    mask = F.pad(b["attention_mask"], (0, padding))
     ids = F.pad(b["input_ids"], (0, padding)).masked_fill(mask == 0, filler)
     for attention_mask in (None, mask, mask.bool()):
         got = tdrm.step_values(model, ids, attention_mask, b["step_ends"])
@@ -469,7 +487,8 @@ def test_padding_on_the_right_does_not_matter(padding, filler, family, home):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
 def test_padding_on_the_left_is_refused(dtype, home):
     b = data.collate(EXAMPLES, 0)
-    ids, mask = b["input_ids"].flip(1), b["attention_mask"].flip(1).to(dtype)
+    ids = b["input_ids"].flip(1)
+    mask = b["attention_mask"].flip(1).to(dtype)
     with pytest.raises(ValueError, match="right"):
         tdrm.step_values(new(home / "qwen2"), ids, mask, b["step_ends"])
 
@@ -487,10 +506,13 @@ def test_training_mode_is_evaluation_mode(family, home):
 def test_a_policy_gets_a_new_head_on_the_same_backbone(family, home):
     policy = AutoModelForCausalLM.from_pretrained(home / family).model.state_dict()
     model = new(home / family, seed=3).model
-    backbone, head = model.model.state_dict(), model.score.weight
+    backbone = model.model.state_dict()
+    head = model.score.weight
     assert policy.keys() == backbone.keys()
     assert all(torch.equal(weight, backbone[name]) for name, weight in policy.items())
-    assert head.shape == (1, 32) and model.score.bias is None and head.abs().sum() > 0
+    assert head.shape == (1, 32)
+    assert model.score.bias is None
+    assert head.abs().sum() > 0
     assert torch.equal(head, new(home / family, seed=3).model.score.weight)
     assert not torch.equal(head, new(home / family, seed=4).model.score.weight)
     half = new_reward_model(str(home / family), None, torch.bfloat16)
@@ -503,7 +525,8 @@ def test_a_policy_gets_a_new_head_on_the_same_backbone(family, home):
 @FAMILIES
 def test_a_reward_model_is_a_sequence_classifier_too(family, home, tmp_path):
     """Saved and loaded it is itself, as ours to use, as ours to train on, and as the library's."""
-    folder, reward = tmp_path / "model", new(home / family, seed=3)
+    folder = tmp_path / "model"
+    reward = new(home / family, seed=3)
     reward.save(str(folder))
     assert torch.equal(fast(finished(folder)), fast(reward))
     assert torch.equal(fast(new(folder, seed=9)), fast(reward))
@@ -562,18 +585,22 @@ def test_a_head_of_several_numbers_is_refused(kind, labels, home, tmp_path):
         with pytest.raises(BadInput) as error:
             load(folder)
         message = str(error.value)
-        assert "\n" not in message and f"--model {folder}" in message
-        assert f"{labels} labels" in message and "one label" in message
+        assert "\n" not in message
+        assert f"--model {folder}" in message
+        assert f"{labels} labels" in message
+        assert "one label" in message
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 64])
 def test_score_steps_keeps_the_order(rows_at_once, home):
-    reward, training = new(home / "qwen2").train(), []
+    reward = new(home / "qwen2").train()
+    training = []
     reward.model.register_forward_pre_hook(lambda module, _: training.append(module.training))
     for examples in (EXAMPLES, EXAMPLES[::-1], EXAMPLES[2:3], []):
         training.clear()
         got = reward.score_steps(examples, Processes(), rows_at_once)
-        assert not any(training) and reward.model.training  # it may have dropout of its own
+        assert not any(training)
+        assert reward.model.training  # it may have dropout of its own
         assert [len(values) for values in got] == [len(e.step_ends) for e in examples]
         for values, e in zip(got, examples):
             assert values == pytest.approx(slow(reward, [e]).sigmoid().tolist(), abs=1e-5)
@@ -601,7 +628,8 @@ class Caught(Exception):
 def first_batch(home, tmp_path_factory):
     """first_batch(name) -> cfg, learner, the first global batch and the loss function of a run with
     METHODS[name]."""
-    done, folder = {}, tmp_path_factory.mktemp("runs")
+    done = {}
+    folder = tmp_path_factory.mktemp("runs")
 
     def catch(name):
         if name in done:
@@ -659,7 +687,8 @@ def more_padding(collate):
 def test_gradients_depend_on_the_batch_alone(name, first_batch, monkeypatch):
     _, learner, batch, loss_fn = first_batch(name)
     loss, expected = gradients(learner, batch, None, loss_fn)
-    assert len(batch) == 8 and len({len(e.step_ends) for e in batch}) >= 4
+    assert len(batch) == 8
+    assert len({len(e.step_ends) for e in batch}) >= 4
     assert expected.abs().max() > 1e-3
 
     def same(micro_batch_size, order=batch):
@@ -702,9 +731,12 @@ def test_loss_and_gradients_are_those_of_the_slow_way(name, first_batch):
     losses = []
     for e in batch:
         T = len(e.step_ends)
-        V, r, gamma = slow(learner.module, [e]).sigmoid().tolist(), [0.0] * T, 1.0
+        V = slow(learner.module, [e]).sigmoid().tolist()
+        r = [0.0] * T
+        gamma = 1.0
         if e.labels is not None:
-            labels, ones = torch.tensor([e.labels]), torch.ones(1, T)
+            labels = torch.tensor([e.labels])
+            ones = torch.ones(1, T)
             r = tdrm.shaped_rewards(labels, ones, cfg.correct, cfg.wrong)[0].tolist()
             gamma = cfg.gamma
         for t, logit in enumerate(prefix_logits(learner.module, e), 1):
@@ -727,7 +759,8 @@ def targets_of(labelled=True, **options):
     logits = values.logit().requires_grad_()
     cfg = tdrm.Config(gamma=0.6, correct=(0.4, 0.3), wrong=(-0.1, -0.2), **options)
     targets, weights = tdrm.targets_and_weights(cfg, logits, batch, labelled)
-    assert not targets.requires_grad and targets.shape == weights.shape == mask.shape
+    assert not targets.requires_grad
+    assert targets.shape == weights.shape == mask.shape
     assert (weights[~mask] == 0).all()
     rewards = tdrm.shaped_rewards(labels, mask, cfg.correct, cfg.wrong)
     return targets, weights, values, rewards, outcomes, mask, labels
@@ -735,10 +768,12 @@ def targets_of(labelled=True, **options):
 
 def test_targets_and_weights_of_the_baselines():
     targets, weights, *_, mask, labels = targets_of(method="ScalarPRM")
-    assert torch.equal(targets, labels) and torch.equal(weights, mask.float())
+    assert torch.equal(targets, labels)
+    assert torch.equal(weights, mask.float())
     targets, weights, *_, outcomes, mask, _ = targets_of(method="ScalarORM")
     last = F.one_hot(torch.tensor(LENGTHS) - 1)
-    assert torch.equal(targets[last.bool()], outcomes) and torch.equal(weights, last.float())
+    assert torch.equal(targets[last.bool()], outcomes)
+    assert torch.equal(weights, last.float())
 
 
 @pytest.mark.parametrize(
@@ -792,7 +827,8 @@ def read(*path):
 def runs(home, tmp_path_factory):
     """Folders of a short run of each method on the built-in task, with fewer held-out problems than
     by default."""
-    make, folder = data.make_problems, tmp_path_factory.mktemp("runs")
+    make = data.make_problems
+    folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "make_problems", lambda n, *rest: make(min(n, 60), *rest))
         for method in tdrm.METHODS:
@@ -807,17 +843,23 @@ def test_a_run_leaves_what_was_agreed(method, runs, home):
     names = ["config.json", "metrics.jsonl", "model", "state", "summary.json"]
     assert sorted(os.listdir(out)) == names
     assert os.listdir(out / "state") == ["step_00000008"]
-    cfg, rows, summary = read(out, "config.json"), metrics(out), read(out, "summary.json")
-    assert cfg["method"] == method and cfg["steps"] == 8
-    assert cfg["correct"] == [0.5, 0.2] and cfg["data"] == ["builtin"]
+    cfg = read(out, "config.json")
+    rows = metrics(out)
+    summary = read(out, "summary.json")
+    assert cfg["method"] == method
+    assert cfg["steps"] == 8
+    assert cfg["correct"] == [0.5, 0.2]
+    assert cfg["data"] == ["builtin"]
 
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
     for row in rows:
         assert all(math.isfinite(row[key]) for key in ("loss", "lr", "grad_norm"))
         assert row["skipped"] == 0
         assert (MEASURES <= row.keys()) is (row["step"] == 4)  # the last evaluation is the summary
-    assert MEASURES <= summary.keys() and summary["trajectories"] == 120
-    assert summary["steps"] == 8 and summary["skipped"] == 0
+    assert MEASURES <= summary.keys()
+    assert summary["trajectories"] == 120
+    assert summary["steps"] == 8
+    assert summary["skipped"] == 0
     shares = MEASURES - {"td_error_mean", "td_error_std"}
     assert all(0 <= summary[name] <= 1 for name in shares)
 
@@ -826,14 +868,16 @@ def test_a_run_leaves_what_was_agreed(method, runs, home):
     assert about["classifier_dropout"] == 0
     moved = fast(new(home / "qwen2")) - fast(finished(out / "model"))
     assert moved.abs().max() > 0.01  # it learned something, and has kept it
-    tokenizer, text = load_tokenizer(str(out / "model")), "7+8*3-5\n\n"
+    tokenizer = load_tokenizer(str(out / "model"))
+    text = "7+8*3-5\n\n"
     assert tokenizer(text)["input_ids"] == data.builtin_tokenizer()(text)["input_ids"]
 
 
 @pytest.mark.parametrize("method, least", [("TDRM", 0.8), ("ScalarPRM", 0.8), ("ScalarORM", 0.2)])
 def test_training_lowers_the_loss(method, least, home, tmp_path):
     """Eight rows learned by heart."""
-    rows, few = list(read_trajectories(home / "rows.jsonl"))[:8], tmp_path / "few.jsonl"
+    rows = list(read_trajectories(home / "rows.jsonl"))[:8]
+    few = tmp_path / "few.jsonl"
     write_rows(few, rows)
     options = {"steps": 40, "batch_size": 8, "eval_every": 0, "n_step": 3}
     options |= {"data": (str(few),), "eval": (str(few),)}
@@ -855,7 +899,8 @@ SCORED = [
 
 
 def check_scores(text, folder, path, too_long=()):
-    lines, reward = [json.loads(line) for line in text.splitlines()], finished(folder)
+    lines = [json.loads(line) for line in text.splitlines()]
+    reward = finished(folder)
     assert [line["source"] for line in lines] == [f"{path}:{i}" for i in range(1, 6)]
     assert [line["correct"] for line in lines] == [True, False, True, True, True]
     for i, (line, row) in enumerate(zip(lines, SCORED)):
@@ -877,13 +922,15 @@ def test_score_prints_a_line_a_row(runs, tmp_path):
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     options = {"capture_output": True, "text": True, "timeout": 120}
     done = subprocess.run(words, cwd=tmp_path, env=env, **options)
-    assert done.returncode == 0 and not done.stderr
+    assert done.returncode == 0
+    assert not done.stderr
     check_scores(done.stdout, runs / "TDRM" / "model", "scored.jsonl")
     assert os.listdir(tmp_path) == ["scored.jsonl"]  # it trains nothing and writes nothing
 
 
 def test_rows_too_long_to_score_have_no_values(runs, tmp_path, capsys):
-    path, model = tmp_path / "scored.jsonl", runs / "ScalarORM" / "model"
+    path = tmp_path / "scored.jsonl"
+    model = runs / "ScalarORM" / "model"
     write_rows(path, SCORED)
     cfg = tdrm.Config(score=str(path), model=str(model), max_length=50)
     tdrm.main(cfg, Processes())
@@ -894,7 +941,8 @@ def test_evaluation_on_processbench(home, tmp_path, capsys):
     files = {"data": (str(home / "rows.jsonl"),), "eval": (str(home / "bench.jsonl"),)}
     summary = tdrm.main(config(home, tmp_path / "run", **files), Processes())
     assert summary == read(tmp_path / "run", "summary.json")
-    assert summary["trajectories"] == 60 and 0 <= summary["first_error_f1"] <= 1
+    assert summary["trajectories"] == 60
+    assert 0 <= summary["first_error_f1"] <= 1
 
     examples = encoded(list(read_trajectories(home / "bench.jsonl")))
     reward = finished(tmp_path / "run" / "model")
@@ -925,7 +973,8 @@ def test_questions_are_held_out_of_the_data(file, said, home, tmp_path, capsys):
     """3 of 60 questions, 2 solutions each; one pass over the others."""
     cfg = config(home, tmp_path / "run", steps=None, data=(str(home / file),))
     summary = tdrm.main(cfg, Processes())
-    assert summary["trajectories"] == 6 and summary["steps"] == 114 // 16
+    assert summary["trajectories"] == 6
+    assert summary["steps"] == 114 // 16
     assert said in capsys.readouterr().out
     if file == "rows_outcomes.jsonl":
         assert summary["td_error_mean"] == pytest.approx(summary["abs_delta_v"], abs=1e-6)
@@ -954,7 +1003,8 @@ def test_gsm8k_solutions_end_to_end(tmp_path, capsys):
     path = os.path.join(os.environ.get("GSM8K_DIR", ""), "example_model_solutions.jsonl")
     if not os.path.exists(path):
         pytest.skip(f"GSM8K_DIR: no {path} (github.com/openai/grade-school-math)")
-    rows, tokenizer = gsm8k_solutions(path), data.byte_tokenizer()
+    rows = gsm8k_solutions(path)
+    tokenizer = data.byte_tokenizer()
     write_rows(tmp_path / "train.jsonl", rows[:200])
     write_rows(tmp_path / "eval.jsonl", rows[200:300])
     size = SIZE | {"vocab_size": len(tokenizer), "max_position_embeddings": 1024}
@@ -963,8 +1013,10 @@ def test_gsm8k_solutions_end_to_end(tmp_path, capsys):
     options = {"steps": 4, "batch_size": 8, "max_length": 400, "eval_every": 0}
     files = {"data": (str(tmp_path / "train.jsonl"),), "eval": (str(tmp_path / "eval.jsonl"),)}
     summary = tdrm.main(config(tmp_path, tmp_path / "run", **options, **files), Processes())
-    assert all(0 <= summary[name] <= 1 for name in AUROC) and summary["skipped"] == 0
+    assert all(0 <= summary[name] <= 1 for name in AUROC)
+    assert summary["skipped"] == 0
     trained_on = int(capsys.readouterr().out.split(" trajectories (")[0].split()[-1])
-    assert 0 < trained_on <= 200 and 0 < summary["trajectories"] <= 100
+    assert 0 < trained_on <= 200
+    assert 0 < summary["trajectories"] <= 100
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
     assert "first_error_f1" not in summary

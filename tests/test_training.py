@@ -39,7 +39,9 @@ SCRIPTS = {"sft": sft, "tdrm": tdrm}
 
 def poisoned(procs, at, rank):
     """One rank's loss is not finite in one step."""
-    steps, loss, now = runs.Run.steps, sft.sft_loss, []
+    steps = runs.Run.steps
+    loss = sft.sft_loss
+    now = []
 
     def counted(run):
         for step in steps(run):
@@ -140,7 +142,8 @@ def assert_whole_run(out, expected):
     assert_same_run(out, expected)
     assert (out / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
     before, last = sorted(os.listdir(out / "state"))  # no remains of older ones, or of half a one
-    assert before.startswith("step_") and last == "step_00000006"
+    assert before.startswith("step_")
+    assert last == "step_00000006"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -166,7 +169,8 @@ def test_learning_rate(steps, warmup):
 @pytest.mark.parametrize("at_once", [2**25, 4 * 35, 1])
 def test_token_logprobs(at_once):
     torch.manual_seed(0)
-    model, ids = sft.new_policy(data.builtin_tokenizer(), 0), torch.randint(5, 15, (3, 6))
+    model = sft.new_policy(data.builtin_tokenizer(), 0)
+    ids = torch.randint(5, 15, (3, 6))
     mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
     logprobs, entropy = token_logprobs(model, ids, mask, 0.7, at_once)
     logits = model(input_ids=ids).logits.double() / 0.7
@@ -252,7 +256,8 @@ def test_rows_are_dealt_by_length(world, dealt):
     batch = [[0] * n for n in (5, 3, 4)]
     learner = SimpleNamespace(forward=SimpleNamespace(no_sync=contextlib.nullcontext))
     for rank, wanted in enumerate(dealt):
-        seen, weight = [], torch.ones((), requires_grad=True)
+        seen = []
+        weight = torch.ones((), requires_grad=True)
 
         def loss_fn(rows):
             seen.append([len(row) for row in rows])
@@ -304,7 +309,8 @@ def test_optimizer_step_clips(clip, clipped):
 class Small(torch.nn.Sequential):
     def __init__(self, dtype):
         torch.manual_seed(1)
-        Linear, LayerNorm = torch.nn.Linear, torch.nn.LayerNorm
+        Linear = torch.nn.Linear
+        LayerNorm = torch.nn.LayerNorm
         super().__init__(Linear(7, 33), LayerNorm(33), Linear(33, 5))
         self.to(dtype)
 
@@ -403,7 +409,8 @@ def sharded(procs, folder):
 def test_sharded_optimizer_is_the_unsharded_one(tmp_path):
     assert ranks(2, tmp_path, sharded, str(tmp_path)) == [0, 0]
     for dtype in (torch.float32, torch.bfloat16):
-        expected, held = take_steps(small_learner(dtype, Processes()), 0, 6), []
+        expected = take_steps(small_learner(dtype, Processes()), 0, 6)
+        held = []
         for rank in range(2):
             weights, mine = torch.load(tmp_path / f"{dtype}{rank}.pt")
             assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
@@ -416,34 +423,35 @@ def test_sharded_optimizer_is_the_unsharded_one(tmp_path):
 # Whole runs: the number of processes changes nothing but rounding.
 
 
-def assert_close_runs(out, expected, world):
-    for name, rel in (("loss", 1e-5), ("grad_norm", 1e-4)):
-        got, wanted = ([row[name] for row in metrics(folder)] for folder in (out, expected))
-        assert got == pytest.approx(wanted, rel=rel), (world, name)
-    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (out, expected))
-    assert a.keys() == b.keys()
-    for name in a:
-        where = f"{name} on {world} ranks"
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4, msg=where)
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("batch_size, micro", [(8, None), (7, None), (3, None), (8, 1)])
-def test_number_of_processes_does_not_matter(script, batch_size, micro, reference, home, tmp_path):
+@pytest.mark.parametrize(
+    "world, batch_size, micro", [(2, 8, None), (4, 7, None), (2, 3, None), (2, 8, 1)]
+)
+def test_number_of_processes_does_not_matter(
+    script, world, batch_size, micro, reference, home, tmp_path
+):
     one = reference(script, 1, batch_size=batch_size)
     assert [row["step"] for row in metrics(one)] == [1, 2, 3, 4, 5, 6]
     assert metrics(one)[0]["loss"] > 0
-    for world in (2, 4):
-        out = tmp_path / str(world)
-        more = {"batch_size": batch_size, "micro_batch_size": micro}
-        codes = ranks(world, tmp_path, train, script, settings(script, home, out, **more))
-        if batch_size >= world:
-            assert codes == [0] * world
-            assert_close_runs(out, one, world)
-        else:
-            assert codes == [1] * world
-            message = (tmp_path / f"{world}.error").read_text()
-            assert "--batch_size 3" in message and "4 processes" in message
+    out = tmp_path / "run"
+    more = {"batch_size": batch_size, "micro_batch_size": micro}
+    options = settings(script, home, out, **more)
+    assert ranks(world, tmp_path, train, script, options) == [0] * world
+    for name, rel in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        got, wanted = ([row[name] for row in metrics(folder)] for folder in (out, one))
+        assert got == pytest.approx(wanted, rel=rel), name
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (out, one))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4, msg=name)
+
+
+def test_more_processes_than_rows_are_refused(home, tmp_path):
+    options = settings("sft", home, tmp_path / "run", batch_size=2)
+    assert ranks(3, tmp_path, train, "sft", options) == [1] * 3
+    message = (tmp_path / "run.error").read_text()
+    assert "--batch_size 2" in message
+    assert "3 processes" in message
 
 
 # --------------------------------------------------------------------------------------------------
@@ -480,11 +488,14 @@ RESUMES += [("sft", "bfloat16", 1, "SIGINT in step 4, saved then")]
 def test_resumed_run_is_bitwise_the_uninterrupted_one(
     script, dtype, world, name, reference, home, tmp_path
 ):
-    expected, out, fault = reference(script, world, dtype=dtype), tmp_path / "run", FAULTS[name]
+    expected = reference(script, world, dtype=dtype)
+    out = tmp_path / "run"
+    fault = FAULTS[name]
     options = settings(script, home, out, dtype=dtype)
     codes = ranks(world, tmp_path, train, script, options, fault)
     if "SIGKILL" in name:
-        assert -signal.SIGKILL in codes and 0 not in codes
+        assert -signal.SIGKILL in codes
+        assert 0 not in codes
     else:  # it saved what it had
         assert codes == [0] * world
         assert max(os.listdir(out / "state")) == f"step_{fault[1] + 1:08d}"
@@ -505,7 +516,8 @@ def test_resume_of_a_finished_run_repeats_its_end(script, reference, home, tmp_p
 
 def test_half_a_row_of_metrics_is_dropped(reference, home, tmp_path):
     """The machine went down while a row was written."""
-    out, fault = tmp_path / "run", (at_step, 4, signal.SIGKILL)
+    out = tmp_path / "run"
+    fault = (at_step, 4, signal.SIGKILL)
     codes = ranks(1, tmp_path, train, "sft", settings("sft", home, out), fault)
     assert codes == [-signal.SIGKILL]
     with open(out / "metrics.jsonl", "a") as f:
@@ -533,7 +545,8 @@ def test_resume_with_another_config_is_an_error(script, changed, message, refere
     before = files()
     with pytest.raises(BadInput) as error:
         run_here(script, home, out, resume=True, **changed)
-    assert message in str(error.value) and str(out) in str(error.value)
+    assert message in str(error.value)
+    assert str(out) in str(error.value)
     assert files() == before
 
 
@@ -547,7 +560,8 @@ def test_options_without_effect_on_the_result_may_change(reference, home, tmp_pa
 @pytest.mark.parametrize("before, now", [(2, 1), (1, 2)])
 def test_resume_with_another_number_of_processes(before, now, reference, home, tmp_path):
     """The same weights and moments: what is left is the order in which sums are rounded."""
-    out, fault = tmp_path / "run", (at_step, 3, signal.SIGTERM)
+    out = tmp_path / "run"
+    fault = (at_step, 3, signal.SIGTERM)
     options = settings("tdrm", home, out)
     assert ranks(before, tmp_path, train, "tdrm", options, fault) == [0] * before
     assert metrics(out)[-1]["step"] == 4
@@ -568,7 +582,8 @@ def test_resume_with_another_number_of_processes(before, now, reference, home, t
 )
 def test_damaged_checkpoint(damage, name, reference, home, tmp_path, capsys):
     """The one before it is taken, and the run ends where it would have."""
-    out, expected = tmp_path / "run", reference("tdrm", 2)
+    out = tmp_path / "run"
+    expected = reference("tdrm", 2)
     shutil.copytree(expected, out)
     last, before = (out / "state" / f"step_0000000{step}" for step in (6, 4))
     path = last / name
@@ -579,7 +594,9 @@ def test_damaged_checkpoint(damage, name, reference, home, tmp_path, capsys):
     options = settings("tdrm", home, out, resume=True)
     assert last_checkpoint(tdrm.Config(**options)) == str(before)
     message = capsys.readouterr().err
-    assert str(last) in message and "damaged" in message and "before it" in message
+    assert str(last) in message
+    assert "damaged" in message
+    assert "before it" in message
     assert ranks(2, tmp_path, train, "tdrm", options) == [0, 0]
     for file in ("metrics.jsonl", "model/model.safetensors"):
         assert (out / file).read_bytes() == (expected / file).read_bytes()
@@ -588,13 +605,16 @@ def test_damaged_checkpoint(damage, name, reference, home, tmp_path, capsys):
 @pytest.mark.parametrize("world", [1, 2])
 def test_full_disk(world, reference, home, tmp_path):
     out = tmp_path / "run"
-    options, wanted = settings("tdrm", home, out), "checkpoint of step 4 could not be written"
+    options = settings("tdrm", home, out)
+    wanted = "checkpoint of step 4 could not be written"
     assert 1 in ranks(world, tmp_path, train, "tdrm", options, (small_disk, 4))
     said = tmp_path / "run.error"  # not there where only the other rank has met it
     message = said.read_text() if said.exists() else wanted
-    assert wanted in message and "\n" not in message
+    assert wanted in message
+    assert "\n" not in message
     states = os.listdir(out / "state")
-    assert "step_00000002" in states and "step_00000004" not in states
+    assert "step_00000002" in states
+    assert "step_00000004" not in states
     assert ranks(world, tmp_path, train, "tdrm", options | {"resume": True}) == [0] * world
     assert_whole_run(out, reference("tdrm", world))
 
@@ -639,7 +659,8 @@ def files(folder):
 
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_an_earlier_run_is_moved_aside_whole(slash, home, tmp_path):
-    wanted, held = {"config.json", "metrics.jsonl", "summary.json", "model/model.safetensors"}, []
+    wanted = {"config.json", "metrics.jsonl", "summary.json", "model/model.safetensors"}
+    held = []
     for seed in range(3):
         out = str(tmp_path / "run") + slash  # a shell completes a folder with a slash
         run_here("sft", home, out, seed=seed, steps=2)
@@ -679,7 +700,8 @@ def test_torchrun_stopped_by_a_signal(home, tmp_path):
     """SIGTERM goes to torchrun, as a scheduler sends it; every rank ends its step, and the run
     continues bitwise."""
     more = {"steps": 150, "batch_size": 16, "save_every": 0, "eval_every": 0}
-    expected, out = tmp_path / "expected", tmp_path / "run"
+    expected = tmp_path / "expected"
+    out = tmp_path / "run"
     assert ranks(2, tmp_path, train, "sft", settings("sft", home, expected, **more)) == [0, 0]
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words.append(os.path.join(ROOT, "sft_minimal.py"))
@@ -690,7 +712,8 @@ def test_torchrun_stopped_by_a_signal(home, tmp_path):
     process = subprocess.Popen(words, env=env, **pipes)
     deadline = time.monotonic() + 90
     while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 5:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
