@@ -58,36 +58,39 @@ def digit(a, op, b):
 
 
 def make_habits():
-    """{level: {fact: wrong digit}}. The habits belong to the task, not to a run: they are the same
-    under every seed."""
-    rng = random.Random(0)
-    shaky = rng.sample(FACTS, len(FACTS))
-    wrong = {fact: (digit(*fact) + rng.randint(1, 9)) % 10 for fact in shaky}
-    habits = {}
+    """{level: what the student takes each of FACTS for, None where it has no wrong habit}. Habits
+    belong to the task, not to a run: they are the same under every seed."""
+    rng, habits = random.Random(0), {}
+    shaky = rng.sample(range(len(FACTS)), len(FACTS))
+    wrong = {i: (RIGHT[i] + rng.randint(1, 9)) % 10 for i in shaky}
     for level, (_, _, share) in LEVELS.items():
-        habits[level] = {fact: wrong[fact] for fact in shaky[: round(share * len(FACTS))]}
+        habits[level] = [None] * len(FACTS)
+        for i in shaky[: round(share * len(FACTS))]:
+            habits[level][i] = wrong[i]
     return habits
 
 
+OPERATIONS = {f"{op}{b}": i for i, (_, op, b) in enumerate(FACTS[:24])}  # "+7": its place
+RIGHT = [digit(*fact) for fact in FACTS]
 HABITS = make_habits()
 
 
-def student(value, operations, rng, habits):
-    """Apply `operations` [(op, operand)...] to `value` as the student does; returns the digit after
-    each one."""
+def student(value, operations, random, habits):
+    """Apply `operations` (places in OPERATIONS) to `value` as the student does -> the digit after
+    each one. `random()` is asked only where there is a habit."""
     digits = []
-    for op, operand in operations:
-        wrong = habits.get((value, op, operand))
-        follows = wrong is not None and rng.random() < HABIT_RATE
-        value = wrong if follows else digit(value, op, operand)
+    for operation in operations:
+        fact = 24 * value + operation
+        value = habits[fact]
+        if value is None or random() >= HABIT_RATE:
+            value = RIGHT[fact]
         digits.append(value)
     return digits
 
 
 def parse_question(question):
-    """'7+8*3' -> (7, [('+', 8), ('*', 3)])."""
-    operations = [(question[i], int(question[i + 1])) for i in range(1, len(question), 2)]
-    return int(question[0]), operations
+    """'7+8*3' -> (7, ['+8', '*3'])."""
+    return int(question[0]), [question[i : i + 2] for i in range(1, len(question), 2)]
 
 
 def is_test(question):
@@ -106,8 +109,8 @@ def make_problems(n, split="train", seed=0, level="builtin"):
             question += rng.choice("+-*") + str(rng.randint(2, 9))
         if is_test(question) == (split == "test") and question not in answers:
             value, operations = parse_question(question)
-            for op, operand in operations:
-                value = digit(value, op, operand)
+            for operation in operations:
+                value = RIGHT[24 * value + OPERATIONS[operation]]
             answers[question] = str(value)
     return [{"question": question, "answer": answer} for question, answer in answers.items()]
 
@@ -122,34 +125,38 @@ def make_trajectories(
     it: the fraction that reaches the answer (`label_kind="soft"`), or 1 if any does ("hard", as
     Math-Shepherd estimates). Without, labels are None and the outcome is all there is.
     """
-    rng, rows, habits = random.Random(f"solutions {seed}"), [], HABITS[level]
+    draw, rows, habits = random.Random(f"solutions {seed}").random, [], HABITS[level]
     for problem in problems:
         start, operations = parse_question(problem["question"])
+        places = [OPERATIONS[operation] for operation in operations]
         answer = int(problem["answer"])
         for _ in range(samples):
-            digits = student(start, operations, rng, habits)
-            steps, errors, before = [], [], start
-            for (op, operand), after in zip(operations, digits):
-                steps.append(f"{before}{op}{operand}={after}")
-                errors.append(digit(before, op, operand) != after)
+            digits = student(start, places, draw, habits)
+            steps, first_error, before, labels = [], -1, start, None
+            for t, (operation, after) in enumerate(zip(operations, digits)):
+                steps.append(f"{before}{operation}={after}")
+                if first_error < 0 and after != RIGHT[24 * before + places[t]]:
+                    first_error = t
                 before = after
-            correct, labels = digits[-1] == answer, None
+            correct = before == answer
             if label_rollouts:
                 labels = []
                 for t, value in enumerate(digits[:-1]):
-                    rest = operations[t + 1 :]
-                    ends = [student(value, rest, rng, habits)[-1] for _ in range(label_rollouts)]
-                    hits, soft = ends.count(answer), label_kind == "soft"
-                    labels.append(hits / label_rollouts if soft else float(hits > 0))
+                    hits, rest = 0, places[t + 1 :]
+                    for _ in range(label_rollouts):
+                        hits += student(value, rest, draw, habits)[-1] == answer
+                    labels.append(
+                        hits / label_rollouts if label_kind == "soft" else float(hits > 0)
+                    )
                 labels += [float(correct)] * 2  # from the last result on nothing is left to chance
             rows.append(
                 {
                     "prompt": problem["question"],
-                    "completions": steps + [f"\\boxed{{{digits[-1]}}}"],
+                    "completions": [*steps, f"\\boxed{{{before}}}"],
                     "labels": labels,
                     "answer": problem["answer"],
                     "correct": correct,
-                    "first_error": errors.index(True) if any(errors) else -1,
+                    "first_error": first_error,
                 }
             )
     return rows

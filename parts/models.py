@@ -67,11 +67,22 @@ def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt (a question, or a list of chat messages) up to where the response
     begins: by the model's own chat template; a base model without one gets the bare text and a
     blank line. Raises BadInput where the template refuses the messages."""
+    turns = (
+        [("user", prompt)]
+        if isinstance(prompt, str)
+        else [(m["role"], m["content"]) for m in prompt]
+    )
+    return list(prompt_ids(tokenizer, tuple(turns)))
+
+
+@functools.lru_cache(100_000)
+def prompt_ids(tokenizer, turns):
+    """As encode_prompt, of ((role, content), ...). Cached: a question has several responses."""
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return list(tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"])
-    turns = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    ids = list(tokenizer("\n\n".join(turns) + "\n\n")["input_ids"])
+        text = render(tokenizer, [{"role": role, "content": content} for role, content in turns])
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    text = "\n\n".join(content for _, content in turns) + "\n\n"
+    ids = tokenizer(text)["input_ids"]
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers append it
 
 
@@ -89,9 +100,15 @@ def render(tokenizer, messages, add_generation_prompt=True):
 @functools.lru_cache(100_000)
 def token_ids(tokenizer, text):
     """Ids of a step's text, as the middle of a response. Cached: steps recur in sampled data."""
-    ids, before = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in ("\n" + text, "\n"))
+    before = plain_ids(tokenizer, "\n")
+    ids = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
     if ids[: len(before)] == before:  # by itself, SentencePiece would put a space in front
         return ids[len(before) :]
+    return plain_ids(tokenizer, text)
+
+
+@functools.lru_cache(1000)
+def plain_ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

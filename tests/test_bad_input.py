@@ -421,7 +421,7 @@ def test_as_a_process(script, words, message):
 
 RANKS = [
     (S, "--batch_size 0", "sft_minimal.py: error: --batch_size 0: "),  # before the ranks meet
-    (T, "--data {labels_short.jsonl} --model {policy} --out run", "labels_short.jsonl:2: 'labels'"),
+    (T, "--data {good.jsonl}", "tdrm_minimal.py: error: --data: your own trajectories need"),
 ]  # and after
 
 

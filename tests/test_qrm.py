@@ -31,7 +31,7 @@ from parts.formats import BadInput
 from parts.models import encode_prompt, load_policy
 from parts.rewards import RewardModel, load_reward_model, new_reward_model
 from parts.runs import Processes
-from test_rl import gradient_of, moved, response_logprobs
+from test_rl import gradient_of, response_logprobs
 from test_rl_tokens import parity
 
 METHODS = tuple(qrm.METHODS)

@@ -1,6 +1,7 @@
 """Reward models of every kind: the same values from a cached tree search, from one forward over the
 whole text, and from the definition, token by token, each model on its own."""
 
+import functools
 import json
 import math
 
@@ -44,6 +45,12 @@ def load(folders, kind):
     return load_reward_model(str(folders / kind), torch.float32)
 
 
+@functools.cache
+def naive_model(folder):
+    load = rewards.load_classifier if folder.name in KINDS else load_policy
+    return load(str(folder), torch.float64).eval()
+
+
 @torch.no_grad()
 def naive_numbers(folders, kind, ids, prompt_length):
     """From the definition, in double precision: a number for each token of the response."""
@@ -51,12 +58,11 @@ def naive_numbers(folders, kind, ids, prompt_length):
     if kind == "implicit":
         z = 0.0
         for sign, name in ((1, "lm"), (-1, "reference")):
-            logits = load_policy(str(folders / name), torch.float64)(input_ids=x).logits[0]
+            logits = naive_model(folders / name)(input_ids=x).logits[0]
             logp = (logits / TEMPERATURE).log_softmax(-1)[:-1]
             z = z + sign * BETA * logp.gather(1, x[0, 1:, None])[:, 0]
         return z[prompt_length - 1 :].tolist()
-    model = rewards.load_classifier(str(folders / kind), torch.float64).eval()
-    return model(input_ids=x).logits[0, prompt_length:, 0].tolist()
+    return naive_model(folders / kind)(input_ids=x).logits[0, prompt_length:, 0].tolist()
 
 
 def naive_value(folders, kind, tokenizer, prompt, steps, closing):
