@@ -48,6 +48,7 @@ import data
 import search_minimal as search
 import sft_minimal as sft
 import tdrm_minimal as tdrm
+from parts.answers import answer_step
 from parts.credit import Critic, last_token, reinforce_advantages, stack, token_rewards
 from parts.credit import unstack
 from parts.decoding import longest_context, sample
@@ -282,19 +283,14 @@ def encode_for(prm, rollouts):
     return examples
 
 
-def state_before_answer(e):
-    """Index of s_T-1, the state before the step that holds the answer; a response that begins with
-    it has only that one."""
-    steps = e.completions
-    for t, step in enumerate(steps):
-        if "\\boxed" in step or "####" in step:
-            return max(0, t - 1)
-    return max(0, len(steps) - 2)
-
-
 def before_answer(values, examples):
-    """V(s_T-1) of each rollout, (N,)."""
-    return torch.tensor([v[state_before_answer(e)] for v, e in zip(values, examples)])
+    """V(s_T-1) of each rollout, (N,): of the state before the step that holds the answer; a response
+    that begins with the answer has only that one."""
+    picked = []
+    for v, e in zip(values, examples):
+        T = answer_step(e.completions)  # counted from 0
+        picked.append(v[max(0, T - 1)])
+    return torch.tensor(picked)
 
 
 def update_policy(policy, rollouts, step, cfg, procs):

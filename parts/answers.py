@@ -1,539 +1,420 @@
-"""Find the final answer of a worked solution and decide whether it equals the gold answer.
+r"""Does a response end in the right answer? The exact check behind every reward and every vote.
 
-Monte-Carlo labelling, best-of-N and voting all need to know whether a whole solution ended in the right
-place:
+    extract_answer(text)      the answer that a response gives at its end, or None
+    answer_step(steps)        the index of the step, of a response cut at blank lines, that holds it
+    answer_key(answer)        a hashable canonical form: equal keys mean equal answers
+    verify(response, answer)  has the response's answer the same key as the gold one?
 
-    extract_answer(text)   the last \\boxed{...}, or else what follows "####", "A:", "answer is", "answer:"
-    answer_key(answer)     a hashable canonical form; equal keys mean equal answers
-    verify(text, gold)     extract, then compare keys
+A policy finds every hole in what rewards it, so one rule stands before all others: what is not
+understood is compared as text, never dropped. Nothing is evaluated as code, nothing is rounded.
 
-Why an exact parser and Fractions: a checker that hands out reward is attacked by whatever it rewards. A
-float tolerance pays for 0.333 where 1/3 was asked; eval() or a computer algebra system runs text that a
-model wrote, and 10^10^10 stops the run. Here an answer becomes an exact sum {monomial: Fraction}, in which
-1/sqrt(2) and sqrt(2)/2 are the same dictionary. "Same" means equal keys, so it is transitive and votes can
-be counted in a dict. Whatever does not parse, or would cost too much, is compared as normalised text.
+Which answer. Only what follows the last </think> counts, and a thought still open has no answer.
+There, in this order: what <answer> encloses, searched by the next two rules or else as a whole;
+the last \boxed{...}, or all that one sentence lists ("\boxed{1} or \boxed{2}"); what follows the
+last "####", "A:", "answer is", "answer:" or a heading that says Answer, to the end of its line or
+sentence, or to ", so", ", which", "because" or "since" if nothing after it takes the answer back.
+Otherwise there is no answer: to take a last number would pay who committed to none.
 
-Decisions worth knowing, and what is left out:
-  * "%" and words after a number are units and are dropped: 50% = 50, and 18 cm = 18 = 18 m. A few words
-    that change the meaning (a.m., more, million) are kept.
-  * A bare "1,234" is one number; within brackets a plain comma separates, so (1,234) is a pair.
-  * Bare lists and sets are unordered and the same: "2 or 1" = "1, 2" = {1,2}. Tuples and intervals are
-    ordered and keep their brackets; nothing tells the point (1,2) from the open interval (1,2).
-  * "x = 5" is 5, unless several names appear: "x=1, y=2" keeps them.
-  * Products are expanded, (x-1)(x+1) = x^2-1: this cannot tell whether a polynomial was factored as asked.
-  * No cancelling of polynomials, no rules for functions, nested roots or inequalities, no matrix
-    arithmetic, no numeric tolerance (2\\pi is not 6.28): right answers in an unusual form may be rejected.
+What is the same. Units come from a closed list, stand last and are dropped: 18 cm = 18 = 18 m,
+50% = 50; a letter is one only as text or set apart (5\text{ m}, 5 m), and 5\mathrm{i} a product. A
+comma separates within brackets; a bare 1,234 is one number. 7 x 9 is a size and not 63, unless an
+equation or a power of ten shows that it multiplies. f(0) is a call, n(n+1) a product. Lists, sets
+and unions are unordered and the same; tuples and intervals keep order and brackets, and (1,2) is
+point and interval. An inequality in a name is its interval. A name before "=" is dropped where a
+value follows: x = 5 is 5, but B = C is not C. x=5, y=3 and (x,y)=(5,3) are (5,3), by the alphabet.
+A chain, 2+3=5, is 5 if all its members are. The option "(A) 13" is A.
+
+Left out, so that right answers may be refused: equivalence of equations, cancelling of polynomials,
+rules for functions, powers and nested roots, factorials, matrix arithmetic, decimals for \pi and
+1/3, sets with a condition. As products are expanded, nothing tells whether one was factored.
 """
 
-import math
 import re
 from collections import Counter
 from fractions import Fraction
+from itertools import accumulate, pairwise, product
+from unicodedata import normalize
 
 # Each bound keeps one kind of hostile input cheap; an honest answer reaches none of them.
-MAX_CHARS = 500  # longer answers are compared as text
-MAX_BITS = 1000  # of a numerator or denominator: stops 2^{9999999}
-MAX_DEPTH = 24  # of nested brackets: stays far away from Python's recursion limit
-MAX_WORK = 1000  # products of two terms per expression: stops (a+b+c)^{12}(a+b+c)^{12}
+MAX_CHARS, MAX_TOKENS = 500, 200  # longer answers are compared as text; bounds the recursion too
+MAX_BITS = 4000  # of a power: stops 2^{9999999}
+MAX_TERMS = 150  # multiplied at once: stops (a+b+c)^{12}(a+b+c)^{12}
 
-# One alternation walks boxes, escapes and braces together; matching every box by itself would be quadratic.
-_BOX = re.compile(
-    r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:(\{)|([-+]?[\d.][\d.,/]*|[A-Za-z]\b)?)|\\[\\{}]|[{}]"
+# ---- Which answer a response gives, and where it stands ----------------------------------------
+
+_REGION = re.compile(r"(?s)(?:.*</think>)?(.*<answer>)?(.*?)(?:</answer>|\Z)")
+# Braces within a box are matched to a depth and a length, so that no input makes it slow.
+_BALANCED = "(?!)"  # nothing
+for _ in range(6):
+    _BALANCED = rf"(?:\\(?!boxed|fbox).|[^\\{{}}]|\{{{_BALANCED}{{0,500}}\}})"
+_BOX = rf"(?s)\\(?:boxed|fbox)\s*(?:\{{(?!\s*\}})({_BALANCED}{{1,500}})\}}|([-+]?\d[\d.,/]*))"
+_AND = r"(?:(?:[,;]|\\text\s*\{\s*(?:and|or)\s*\}|and\b|or\b)[\s$]*)+"
+_BETWEEN_BOXES = re.compile(rf"\.?[\s$]*{_AND}(?:[A-Za-z]\s*=[\s$]*)?")
+_ENDING = re.compile(
+    r"(?im)^[^\w\n]*(?:the )?(?:final )?answer[ \t\r*_:]*\n|####|^[ \t>]*(?-i:A:)"
+    r"|(?<![a-z])answer[*_]*(?:\s+is\b|\s*[:=])[*_:]*|答案[是为]?[:：]?"
 )
-_ENDING = re.compile(r"####|^[ \t]*A:|\b[Aa]nswer(?:\s+is\b|\s*:)[\s:*]*", re.M)
+_BODY = re.compile(r"(?:\s|(?<=\n)>)*(\*+|__?|\$\$|\\\[|)[ \t]*\n?([^\n]*)")
+_TAKEN_BACK = r".{0,300}(?:\bnot?\b|n't|wrong|false|incorrect|\bbut\b|\bif\b|unless|instead|wait)"
+_REASON = re.compile(rf"(?:,\s(?:so|which|hence|thus)|,?\s(?:because|since))\b(?!{_TAKEN_BACK})")
 
 
 def extract_answer(text):
-    """The final answer of a solution, or None. The last balanced box wins over every textual ending."""
-    if not isinstance(text, str):
+    """The final answer of a response, or None."""
+    found = _find(text) if isinstance(text, str) else None
+    return found[0] if found else None
+
+
+def answer_step(steps):
+    """The index of the step that holds the response's answer; the last where nothing marks one."""
+    found = _find("\n\n".join(steps))
+    ends = accumulate(len(step) + 2 for step in steps)
+    return sum(end <= found[1] for end in ends) if found else len(steps) - 1
+
+
+def _find(text):
+    """(the answer, where it starts), or None."""
+    if text.rfind("<think>") > text.rfind("</think>"):
         return None
-    boxed, boxed_at, open_braces = "", -1, []
-    first = text.find("box")  # braces before the first box cannot matter
-    for m in _BOX.finditer(text, max(first - 2, 0)) if first >= 0 else ():
-        if m[1] or m[0] == "{":
-            open_braces.append(m.end() if m[1] else -1)
-        elif m[2]:  # \boxed 5
-            boxed, boxed_at = m[2], m.start()
-        elif m[0] == "}" and open_braces:
-            start = open_braces.pop()
-            if start > boxed_at and text[start : m.start()].strip():
-                boxed, boxed_at = text[start : m.start()], start
-    if boxed:
-        return boxed.strip()
-    ending = None
-    for ending in _ENDING.finditer(text):
-        pass
-    if ending is None:
+    m = _REGION.match(text)
+    whole = m[1] and m[2].strip()
+    return _boxed(text, *m.span(2)) or _ending(text, *m.span(2)) or whole and (whole, m.start(2))
+
+
+def _boxed(text, start, end):
+    """The last box, of nested ones the innermost, and those that its sentence lists with it."""
+    found, at, stop = "", 0, 0
+    for m in re.compile(_BOX).finditer(text, start, end):
+        listed = found and _BETWEEN_BOXES.fullmatch(text, stop, m.start())
+        content = (m[1] or m[2]).strip()
+        found = f"{found}, {content}" if listed else content
+        at, stop = m.start(), m.end()
+    return found and (found, at)
+
+
+def _ending(text, start, end):
+    """What follows the last textual ending."""
+    endings = [m.end() for m in _ENDING.finditer(text, start, end)]
+    if not endings:
         return None
-    line = text[ending.end() :].lstrip().partition("\n")[0]
-    return (
-        re.split(r"\.\s", line, maxsplit=1)[0].strip(" \t\r*") or None
-    )  # "18. So she ..." -> "18"
+    body = _BODY.match(text, endings[-1], end)
+    line = re.split(r"\.\s|。", body[2], maxsplit=1)[0]
+    line = line.replace(body[1], " ", 1)  # bold; a space, so that **2**0 does not become 20
+    line = _REASON.split(line, maxsplit=1)[0].strip(" \t\r*_")
+    return line and (line, body.start(2))
 
 
 def verify(response, answer):
-    """Does the response's own final answer equal `answer`, a bare answer or itself a worked solution?
-
-    A response without a recognisable ending is wrong: taking its last number instead would reward solutions
-    that never committed to an answer.
-    """
-    found, gold = extract_answer(response), _as_text(answer)
-    if found is None or not gold:
-        return False
-    return same_answer(found, extract_answer(gold) or gold)
-
-
-def same_answer(a, b):
-    """Are two bare answers the same? An equivalence relation, because it compares keys."""
-    return answer_key(a) == answer_key(b)
+    """Does the response's answer equal `answer`, a bare answer or itself a worked solution?"""
+    found = extract_answer(response)
+    return found is not None and answer_key(found) == answer_key(extract_answer(answer) or answer)
 
 
 def answer_key(answer):
-    """Hashable canonical form of a bare answer; group votes by it."""
-    text = _as_text(answer)
-    if len(text) > MAX_CHARS:
-        return "text", " ".join(text.split())
-    tokens = _tokens(re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text, flags=re.I))
-    while tokens and tokens[-1] in (".", ",", ";"):
-        tokens.pop()
-    return _key(tokens, 0)
+    """Hashable canonical form of a bare answer; votes are grouped by it."""
+    number = isinstance(answer, (int, float)) and abs(answer) < 1e99
+    text = str(answer) if number or isinstance(answer, str) else ""
+    spelled = _spell(text) if len(text) <= MAX_CHARS else ""
+    short = 0 < len(spelled.split()) <= MAX_TOKENS
+    return _key(spelled) if short else ("text", " ".join(text.split()))
 
 
-def _as_text(answer):
-    try:
-        return (
-            answer
-            if isinstance(answer, str)
-            else str(answer) if isinstance(answer, (int, float)) else ""
-        )
-    except ValueError:  # Python refuses to print integers of more than 4300 digits
-        return ""
+# ---- Normalise: one spelling for what can be spelled in many ways ------------------------------
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Tokens: one spelling for what LaTeX can spell in many ways. Words carry a leading quote ('cm), so that a
-# unit or "yes" is never mistaken for a product of variables.
-
-_SKIP = {
-    "\\ ",
-    "\\\n",
-    "\u00a0",
-    "\u2009",
-    "\u202f",
-    *(
-        r"$ % ~ £ € \left \right \, \! \; \: \quad \qquad \$ \% \( \) \[ \] \displaystyle \big \Big "
-        r"\rm \bf \text \mathrm \mathbf"
-    ).split(),
-}
-_SAME = dict(
-    pair.split("=")
-    for pair in (
-        r"\dfrac=\frac \tfrac=\frac \cfrac=\frac \times=* \cdot=* ×=* ·=* \div=/ ÷=/ −=- –=- \leq=\le ≤=\le "
-        r"\geq=\ge ≥=\ge \neq=\ne \lt=< \gt=> \lbrace=\{ \rbrace=\} ∪=\cup ∈=\in π=\pi √=\sqrt ∞=\infty "
-        r"±=\pm \mp=\pm °='degrees \varnothing=\emptyset ∅=\emptyset"
-    ).split()
+_STYLE = r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|sf)|operatorname|emph|bm|boldsymbol)\s*"
+_LETTERS = r"(?<![\\A-Za-z'])([A-Za-z]{2,}|[mgshL]\b)"
+_CLOSES = r"[^(\[{]*(?:[)\]]|\\\})"  # the next bracket: (1,234) is a pair
+_REWRITES = (
+    (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),
+    (r"[₀-₉]+", r"_{\g<0>}"),
+    (r"(?<=\d)(?:\{,\}|,\\!|\\,|[\u2009\u202f])(?=\d{3}(?!\d))", ""),  # 1{,}000
+    (r"[¼-¾⅐-⅞]", r" \g<0>"),
+    (r"(?s).+", lambda m: normalize("NFKC", m[0])),  # full width, and the digits above
+    (r"^[\s$]*(?:=|\\approx(?![a-z])|\\Rightarrow|\\therefore)", ""),
+    (r"\+\s*(?=\\infty|∞)", ""),
+    (r"\\(?:(?:text)?color|[hv]space|tag|label)\*?\s*\{[^{}]*\}|(?<=\\\\)\[[\d.]+ ?[a-z]+\]", " "),
+    (r"\\(begin|end)\s*\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr|]*\})?", r"\\\1matrix "),
+    (rf"(?<![\d,.])[1-9]\d{{0,2}}(?:,\d{{3}})+(?!,?\d|{_CLOSES})", lambda m: m[0].replace(",", "")),
+    (r"frac\s*(\w)\s*(\w)", r"frac{\1}{\2}"),
+    (r"\\sqrt\s*\[([2-9])\]", r"\\root{\1}"),
+    (r"_(\w)", r"_{\1}"),  # so that no two numbers meet, as in \log_2 3
+    (r"(?:\{|^)([^{}]*)\\over(?![a-z])([^{}]*)(?:\}|$)", r"\\frac{\1}{\2}"),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"(?<![\d.^])(\d+)(?:\s|\\ |\\,)*\\[dtc]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"(\1+\2/\3)"),
+    (r"(?<![\d.^/])(\d+)\s+(\d+)[/⁄](\d+)(?!\s*[\d./])", r"(\1+\2/\3)"),  # 1 1/2
+    (r"(?<=\d)(?: x |x(?=10\^))(?=\d)", r"\\times "),
+    (r"(?:\^\s*\{?\s*\\circ\s*\}?|°|\\degree)(?:\s*\\text\{\s*[CF]\s*\}|\s*[CF]\b)?", " 'degree "),
+    (r"(?:\\|(?<![A-Za-z\\]))(sin|cos|tan|cot|ln|log|pi|sqrt)(?=[xyzn]?(?![A-Za-z]))", r"\\\1 "),
+    (r"(?i)(?<![a-z])([ap])\.\s?m\b\.?", r" \1m "),
+    (_STYLE + r"\{([^{}]*)\}", lambda m: re.sub(_LETTERS, r" '\1 ", f" {m[1]} ")),
+    (r"(?:(?<=[\d})])(?:\s|~|\\ )+|(?<=/))([mgshL])\b", r" '\1 "),  # 5 m, km/h
+    (r"^\W*'?([A-J])\s*[.)][\s~\\}]+\$?(?:\\frac\{)?\d[\d.,/$\s{}]*$", r"\1"),  # (A) 13
+    (r"^([\s$]*[A-Za-z]\s*)(?:\\in(?![a-z])|∈)", r"\1="),
 )
-_BARE = {
-    "pi": ["\\pi"],
-    "sqrt": ["\\sqrt"],
-    "inf": ["\\infty"],
-    "infinity": ["\\infty"],
-    "and": [","],
-    "or": [","],
-    "thousand": ["*", "1000"],
-    "million": ["*", "1000000"],
-    "billion": ["*", "1000000000"],
-}
-_SHORT = set(
-    "cm mm km kg mg ml ft yd oz lb lbs hr hrs mph kph sq am pm no of is to th st nd rd".split()
-)
+# The spelling that is kept (~ stands between two tokens) follows the arrow.
+_SAME = dict(pair.split("→") for pair in r"""
+    \dfrac→\frac \tfrac→\frac \cfrac→\frac \sqrt→\root~{~2~} √→\root~{~2~} π→\pi ∞→\infty inf→\infty
+    infinity→\infty \cdot→* ·→* ⋅→* ∙→* ×→\times \div→/ ÷→/ ⁄→/ −→- –→- ;→, \cup→, ∪→, \lor→,
+    \vee→, \&→, and→, or→, \lt→< \gt→> \leq→\le \leqslant→\le ≤→\le \geq→\ge \geqslant→\ge ≥→\ge
+    \neq→\ne ≠→\ne \lbrace→\{ \rbrace→\} \vert→| \lvert→| \rvert→| ±→\pm \mp→\pm \dots→\ldots
+    \cdots→\ldots \emptyset→\{~\} \varnothing→\{~\} ∅→\{~\} percent→'percent %→'percent \%→'percent
+    hundred→*~100 thousand→*~1000 million→*~1000000 billion→*~1000000000
+    $→ \$→ ~→ £→ €→ ₹→ \euro→ \pounds→ usd→ eur→ gbp→ Rs→ \→ \left→ \right→ \,→ \!→ \;→ \:→ \quad→
+    \qquad→ \(→ \)→ \[→ \]→ \big→ \Big→ \bigg→ \Bigg→ \bigl→ \bigr→ \Bigl→ \Bigr→ \large→ \Large→
+    \LARGE→ \huge→ \displaystyle→ \rm→ \bf→ \bm→ \boldsymbol→ \text→ \mathrm→ \mathbf→ \textbf→
+    \underline→ \boxed→ \fbox→""".split())
+# Without a final s or es. What changes a value (dozen, half, more, decrease, loss) is no unit.
+_UNIT = "|".join(r"""
+    m g s h L mm cm dm km inch in ft foot feet yd yard mi mile (?:milli|centi|kilo)?(?:meter|gram)
+    mg kg oz ounce lb pound ton ml liter gallon quart pint cup sec second min minute hrs hour day
+    week month year old mph hz kw watt volt joule newton atm mol ev calorie degree celsius rad
+    radian unit sq square cubic dollar cent penny euro rupee yen percent profit increase time way
+    each total person people men women child children kid boy girl student teacher friend player
+    worker animal bird fish dog cat cow egg leg apple orange fruit cookie cake slice piece toy
+    marble ball coin card ticket book page letter word question problem point goal game step trip
+    car house room chair table box bag bottle flower tree item number digit solution value group
+    """.split())
+_UNIT = f"(?:{_UNIT})(?:e?s)?"
+_WORD = re.compile(rf"am|pm|no|is|of|to|ii+|{_UNIT}|(?=...)[a-z]*[aeiou][a-z]*")
+_NUMBER = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,4}(?![A-Za-z0-9]))?"
+_TOKEN = re.compile(rf"'?[A-Za-z]+|{_NUMBER}|\\[A-Za-z]+|\\\S|\S")
 
 
-def _token_pattern(thousands):
-    return re.compile(
-        r"""
-        \\(?:text[a-z]*|mbox|mathrm|mathbf|mathit|operatorname)\s*\{(?P<text>[^{}]*)\}
-      | (?P<degrees>\^\s*(?:\\circ|\{\s*\\circ\s*\})(?:\s*[CF]\b)?)
-      | (?P<env>\\(?:begin|end))\s*\{[pbB]?matrix\}
-      | (?P<number>(?:"""
-        + thousands
-        + r"""|\d+)(?:\.\d+)?(?:[eE][-+]?\d+(?![A-Za-z\d]))?|\.\d+)
-      | (?P<letters>[A-Za-z]+)
-      | \s+ | \\[A-Za-z]+ | \\. | .""",
-        re.X | re.S | re.A,
-    )
-
-
-# "(5,120)" must stay a pair, so a plain comma groups thousands only outside of brackets.
-_OUTSIDE = _token_pattern(r"(?<![\d,])[1-9]\d{0,2}(?:(?:,(?:\\!)?|\{,\}|\\,)\d{3})+(?!,?\d)")
-_INSIDE = _token_pattern(r"[1-9]\d{0,2}(?:(?:\{,\}|\\,)\d{3})+(?!\d)")
-
-
-def _tokens(text, in_text=False):
-    out, pos, depth = [], 0, 0
-    while pos < len(text):
-        m = (_INSIDE if depth else _OUTSIDE).match(text, pos)
-        glued, pos, token = text[max(pos - 1, 0) : pos] in tuple("0123456789^_"), m.end(), m[0]
-        if m["text"] is not None:
-            new = _tokens(m["text"], in_text=True)
-        elif m["letters"]:
-            # A guess: loose letters with a vowel are a word (cups), glued or vowel-free ones a product.
-            word = token.lower()
-            if word in _BARE:
-                new = _BARE[word]
-            elif (
-                in_text
-                or word in _SHORT
-                or len(word) > (4 if glued else 2)
-                and re.search("[aeiou]", word)
-            ):
-                new = ["'" + (word if len(word) > 1 else token)]
-            else:
-                new = list(token)
-        elif token.isspace() or token in _SKIP:
-            continue
-        elif m["number"]:
-            new = [re.sub(r"[^\d.eE+-]", "", token)]
+def _spell(text):
+    """Tokens between spaces. Words have a leading quote ('cm): none is taken for a product."""
+    for pattern, replacement in _REWRITES:
+        text = re.sub(pattern, replacement, text)
+    out = []
+    for token in _TOKEN.findall(text):
+        word = token.lstrip("'").lower()
+        if (kept := _SAME.get(token, _SAME.get(word))) is not None:
+            new = kept.split("~") if kept else []
+        elif len(word) > 1 and word.isalpha() and (token[0] == "'" or _WORD.fullmatch(word)):
+            new = ["'" + word]
         else:
-            new = ["'degrees" if m["degrees"] else m["env"] or _SAME.get(token, token)]
-            depth += (token in ("(", "[", "\\{")) - (token in (")", "]", "\\}"))
+            new = list(token) if token.isalpha() else [token]
         if new == [","] == out[-1:] or new == ["."] and out and out[-1][0] == "'":  # ", and"; "ft."
             continue
         out += new
-    return out
+    return " ".join(out[:-1] if out[-1:] in (["."], [","]) else out)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Structure: lists, sets, tuples, intervals, unions, matrices. What remains is an expression.
+# ---- Split: lists, names and equations, inequalities, brackets. The rest is a value or a text --
 
-_OPEN, _CLOSE = {"(", "[", "{", "\\{", "\\begin"}, {")", "]", "}", "\\}", "\\end"}
+_OPEN = {"(", "[", "{", "\\{", "\\beginmatrix"}
+_CLOSE = {")", "]", "}", "\\}", "\\endmatrix"}
+_BRACKETED = re.compile(r"(\(|\[|\\?\{|\\beginmatrix) (.+) (\)|\]|\\?\}|\\endmatrix)")
+_CALL = r"\\(?:sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp)\b"
+_LETTER = r"(?:'?[A-Za-z]|\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega))"
+_UNKNOWN = rf"(?![ei]$){_LETTER}(?: {_LETTER})*(?: _ \{{ [^{{}}]*\}})?"
 _NAME = re.compile(
-    r"(?:'\S+ )*(?:\\?[A-Za-z]+|'\S+) (?:_ \S+ |_ \{ \S+ \} )?(?:\( [A-Za-z] \) )?(?:=|\\in) "
+    rf"(?:m )?(?:\\angle )?{_UNKNOWN}(?: ')*(?: \^ \{{ - 1 \}}(?= \())?(?: \( [^()+-]*\))?"
+    r"|[A-Z] \^ \{ - 1 \}|\| [A-Z] [A-Z] \||\\frac \{ d [a-z] \} \{ d [a-z] \}"
+    r"|\( (?:[A-Za-z] , )+[A-Za-z] \)|(?:m )?\\angle '[a-z]+|'(?:answer|area|volume|total|sum)"
 )
-_UNITS = re.compile(
-    r" (?:'(?!(?:am|pm|more|less|north|south|east|west|left|right|up|down|above|below) )"
-    r"\S+ (?:\^ (?:[23]|\{ [23] \}) )?(?:/ )?)+$"
-)
+_UNIT = rf"'{_UNIT}(?: \^(?: \{{)?(?: -)? [123](?: \}})?)?"
+_UNITS = re.compile(rf" (?:\( )?{_UNIT}(?:(?: [/*]| 'per)? {_UNIT})*(?: \))?$")
+_SIZE = re.compile(r"\d (?:\\times (?!10 \^))?\.?\d")  # 7 x 9 is not 63, nor is 2 3
 
 
-def _split(tokens, separator):
+def _split(text, separator):
     """Split at the separators outside all brackets; None where brackets do not balance."""
-    parts, depth = [[]], 0
-    for token in tokens:
-        depth += (token in _OPEN) - (token in _CLOSE)
-        if depth < 0:
-            return None
-        if depth == 0 and token == separator:
-            parts.append([])
-        else:
-            parts[-1].append(token)
-    return None if depth else parts
+    tokens = text.split(" ")
+    depths = [0, *accumulate((token in _OPEN) - (token in _CLOSE) for token in tokens)]
+    if min(depths) < 0 or depths[-1]:
+        return None
+    cuts = [i for i, token in enumerate(tokens) if token == separator and not depths[i]]
+    return [" ".join(tokens[a + 1 : b]) for a, b in pairwise([-1, *cuts, len(tokens)])]
 
 
-def _unordered(keys):
-    return "list", frozenset(Counter(keys).items())
-
-
-def _key(tokens, depth):
+def _key(text):
     """Canonical form of a whole answer, or of what stands between two brackets."""
-    parts = _split(tokens, ",") or [tokens]
-    names = [_NAME.match(" ".join(part) + " ") for part in parts]
-    several = len({m[0] for m in names if m}) > 1
-    keys = []
-    for part, m in zip(parts, names):
-        name = m[0] if m else ""
-        part = part[name.count(" ") :]
-        for sign in "+-" if part.count("\\pm") == 1 else ["\\pm"]:  # 1 \pm \sqrt2 is a list of two
-            key = _item([sign if token == "\\pm" else token for token in part], depth)
-            keys.append((name, key) if several else key)
-    return keys[0] if len(keys) == 1 else _unordered(keys)
+    members = []  # (name, key)
+    for part in _split(text, ",") or [text]:
+        signs = "+-" if part.count("\\pm") == 1 else ["\\pm"]  # 1 \pm \sqrt2 is a list of two
+        members += [_equation(part.replace("\\pm", sign)) for sign in signs]
+    names, keys = zip(*members)
+    if len(keys) == 1:
+        return keys[0]
+    several = set(names) - {""}
+    if len(several) == len(keys):  # x=5, y=3
+        return "tuple", "(", ")", tuple(key for _, key in sorted(members))
+    return "list", frozenset(Counter(members if len(several) > 1 else keys).items())
 
 
-def _item(tokens, depth):
-    bare = _UNITS.sub("", " " + " ".join(tokens) + " ").strip(" ").split(" ")
-    if any(_is_number(token) or token in ("\\pi", "\\infty") for token in bare):
-        tokens = bare  # only a quantity has units: "n is even" and "n is odd" keep their words
-    if tokens in (["\\emptyset"], ["\\{", "\\}"]):
-        return _unordered([])
-    parts = _split(tokens, "\\cup") or []
-    if len(parts) > 1 and depth < MAX_DEPTH:
-        return "union", frozenset(_key(part, depth + 1) for part in parts)
-    opening, inner, closing = "".join(tokens[:1]), tokens[1:-1], "".join(tokens[-1:])
-    parts = _split(inner, ",")  # None in (1)(2), whose outer brackets do not belong together
-    if opening in _OPEN and closing in _CLOSE and parts and depth < MAX_DEPTH:
-        if opening == "\\begin":
+def _equation(text):
+    """(name or "", key) of a name before a value, a chain of equal values, or an equation."""
+    sides = _split(text, "=") or [text]
+    if len(sides) == 1:
+        return "", _item(_interval(text))
+    names = [side for side in sides if _NAME.fullmatch(side)]
+    values = [side.replace("\\times", "*") for side in sides if side not in names]
+    keys = set(map(_item, values))
+    if len(keys) == 1:
+        return "".join(names[:1]), keys.pop()
+    return "", ("=", frozenset(map(_item, sides)))
+
+
+def _interval(text):
+    """0 < x \\le 2 becomes (0, 2], and x > 3 becomes (3, \\infty)."""
+    sides = re.split(r" (<|>|\\le|\\ge) ", text)
+    if not re.fullmatch(r"(?:<|\\le){1,2}|(?:>|\\ge){1,2}", "".join(sides[1::2])):
+        return text
+    if sides[1] in (">", "\\ge"):
+        sides.reverse()
+    named = [bool(re.fullmatch(_UNKNOWN, side)) for side in sides[::2]]
+    if named not in ([True, False], [False, True], [False, True, False]):
+        return text
+    sides = ["- \\infty", "<"] * named[0] + sides + ["<", "\\infty"] * named[-1]
+    low, left, _, right, high = sides
+    return f"{'[' if 'e' in left else '('} {low} , {high} {']' if 'e' in right else ')'}"
+
+
+def _item(text):
+    bare = _UNITS.sub("", text)
+    if bare != text and not re.search(_CALL, text):  # \sin 30^\circ is not \sin 30
+        key = _item(bare)
+        return key if key[0] != "text" else ("text", text)
+    m = _BRACKETED.fullmatch(text)
+    parts = m and _split(m[2], ",")  # None in (1)(2), whose outer brackets do not belong together
+    if parts:
+        opening, inner, closing = m.groups()
+        if opening == "\\beginmatrix":
             rows = [_split(row, "&") for row in _split(inner, "\\\\") if row]
-            return "matrix", tuple(tuple(_key(cell, depth + 1) for cell in row) for row in rows)
+            return "matrix", tuple(tuple(map(_key, row)) for row in rows)
         if opening in ("(", "[") and len(parts) > 1:
-            return "tuple", opening, closing, tuple(_key(part, depth + 1) for part in parts)
-        if opening != "[":  # a set is a list in braces; (5), {5} and \{5\} are 5
-            return _key(inner, depth + 1)
+            return "tuple", opening, closing, tuple(map(_key, parts))
+        if opening != "[" or inner.startswith("\\beginmatrix"):  # (5), {5} and \{5\} are 5
+            return _key(inner)
     try:
-        return "value", _Expression(tokens).parse()
-    except _Unparsed:
-        return "text", " ".join(tokens)
+        rest = ["", *reversed(text.split(" "))]
+        value = _sum(rest)
+        if rest == [""] and not _SIZE.search(text):
+            return "value", frozenset(value.items())
+    except ValueError:  # not understood, or too expensive
+        pass
+    return "text", text
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Expressions: recursive descent straight into exact values {monomial: Fraction}.
-#
-# A monomial is a frozenset of (base, exponent) pairs. A base is a prime (its exponent then lies strictly
-# between 0 and 1: whole powers move into the coefficient), a symbol, or a tuple for something opaque such as
-# 101_2 or ("sum", key). sqrt(8)/3 + 2 pi is {{(2, 1/2)}: 2/3, {(\pi, 1)}: 2}.
-
-
-class _Unparsed(Exception):
-    """Not understood, or too expensive."""
-
+# ---- Compare: recursive descent straight into exact values {monomial: Fraction} ----------------
+# A monomial is a frozenset of (base, exponent) pairs. A base is a prime or -1 (its exponent then
+# lies strictly between 0 and 1: whole powers move into the coefficient), a symbol, or a tuple for
+# something opaque such as 101_2 or \ln 2. sqrt(8)/3 + 2 pi is {{(2, 1/2)}: 2/3, {(\pi, 1)}: 2}.
 
 _ONE = frozenset()
-_SYMBOL = re.compile(
-    r"'?[A-Za-z]$|\\(?:pi|infty|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega)$"
-)
+_SYMBOL = rf"(?:{_LETTER}|\\pi)$"
+_FACTOR = re.compile(rf"(\*|/|\\times)$|\.?[0-9]|\($|\\(?:frac|root)$|{_CALL}|{_SYMBOL}")
 
 
-def _is_number(token):
-    return re.match(r"\.?[0-9]", token) is not None
+def _sum(rest):
+    """A sum of products. The parser's functions take tokens from the end of the reversed list."""
+    total = Counter()
+    while True:
+        term = _factor(rest)
+        while m := _FACTOR.match(rest[-1]):
+            operator = m[1] and rest.pop()
+            term = _times(term, _power(_factor(rest), -1 if operator == "/" else 1))
+        total.update(term)
+        if rest[-1] not in ("+", "-"):
+            return {m: c for m, c in total.items() if c}
 
 
-def _bounded(q):
-    if max(q.numerator.bit_length(), q.denominator.bit_length()) > MAX_BITS:
-        raise _Unparsed
-    return q
+def _factor(rest):
+    """A signed power: a - b is the sum of a and the factor -b."""
+    if rest[-1] in ("+", "-"):
+        return _times({_ONE: Fraction(rest.pop() + "1")}, _factor(rest))
+    value = _atom(rest)
+    exponent = _factor(rest) if rest[-1] == "^" and rest.pop() else {_ONE: 1}
+    if exponent.keys() - {_ONE}:
+        return _opaque("^", value, exponent)
+    return _power(value, exponent.get(_ONE, 0))
 
 
-def _whole_power(q, n):
-    """q ** n, refusing to compute what would not fit."""
-    if abs(n) * max(q.numerator.bit_length(), q.denominator.bit_length()) > MAX_BITS:
-        raise _Unparsed
-    return q ** int(n)
+def _atom(rest):
+    token = rest.pop()
+    if re.match(r"\.?[0-9]", token):  # unlike TeX, 2^10 is 1024
+        value = {_ONE: Fraction(token)} if Fraction(token) else {}
+    elif token in ("(", "{"):
+        value = _sum(rest)
+        if rest.pop() != (")" if token == "(" else "}"):
+            raise ValueError
+    elif token == "\\frac":
+        value = _times(_atom(rest), _power(_atom(rest), -1))
+    elif token == "\\root":
+        degree = _atom(rest).get(_ONE, 1)
+        value = _power(_atom(rest), 1 / degree)
+    elif re.match(_CALL, token):  # \sin 2x is the sine of 2x
+        scripts = _script(rest, "_"), _script(rest, "^")
+        braced = rest[-1] in ("(", "{")
+        argument = _atom(rest) if braced else _factor(rest)
+        while not braced and re.match(rf"[0-9.]|\\frac$|\\root$|{_SYMBOL}", rest[-1]):
+            argument = _times(argument, _factor(rest))
+        value = _opaque(token, *scripts, argument)
+    elif re.match(_SYMBOL, token):
+        base = (-1, Fraction(1, 2)) if token == "i" else (token.strip("'"), Fraction(1))
+        value = {frozenset([base]): Fraction(1)}
+        if rest[-1] == "(" and (token in "fghFGHP" or rest[-3:-2] == [")"]):  # f(x+1), y(0)
+            value = _opaque(token, _atom(rest))
+    else:
+        raise ValueError
+    index = _script(rest, "_")  # x_1 is a symbol of its own, and so is 101_2
+    return _opaque("_", value, index) if index else value
 
 
-def _monomial(exponents):
-    """Canonical (monomial, coefficient): whole powers of primes, and i*i, leave the monomial."""
-    coefficient, left = Fraction(1), []
-    for base, exponent in exponents.items():
-        if isinstance(base, int):
-            coefficient *= _whole_power(Fraction(base), math.floor(exponent))
-            exponent -= math.floor(exponent)
-        elif base == "i":
-            coefficient *= -1 if exponent % 4 >= 2 else 1
-            exponent %= 2
-        if exponent:
-            left.append((base, exponent))
-    return frozenset(left), coefficient
+def _script(rest, mark):
+    return _atom(rest) if rest[-1] == mark and rest.pop() else {}
 
 
-def _add(out, value, sign=1):
-    """Add in place, because sums grow term by term."""
-    for monomial, coefficient in value.items():
-        out[monomial] = _bounded(out.get(monomial, 0) + sign * coefficient)
-        if not out[monomial]:
-            del out[monomial]
-    return out
-
-
-def _freeze(value):
-    return frozenset(value.items())
-
-
-def _opaque(*base):
+def _opaque(name, *values):
+    base = (name, *(frozenset(value.items()) for value in values))
     return {frozenset([(base, Fraction(1))]): Fraction(1)}
 
 
-class _Expression:
-    def __init__(self, tokens):
-        self.tokens, self.at, self.depth, self.work = list(tokens), 0, 0, MAX_WORK
+def _times(a, b):
+    if len(a) * len(b) > MAX_TERMS:
+        raise ValueError
+    out = Counter()
+    for (m, p), (n, q) in product(a.items(), b.items()):
+        exponents, coefficient = Counter(dict(m)), p * q
+        exponents.update(dict(n))
+        for base, exponent in exponents.items():
+            if isinstance(base, int):  # whole powers of primes and of -1 leave the monomial
+                whole = exponent // 1
+                if abs(whole) * base.bit_length() > MAX_BITS:
+                    raise ValueError
+                coefficient *= Fraction(base) ** whole
+                exponents[base] -= whole
+        out[frozenset(item for item in exponents.items() if item[1])] += coefficient
+    return {m: c for m, c in out.items() if c}
 
-    def parse(self):
-        value = self.sum()
-        if self.peek():
-            raise _Unparsed
-        return _freeze(value)
 
-    def peek(self, ahead=0):
-        at = self.at + ahead
-        return self.tokens[at] if at < len(self.tokens) else ""
-
-    def take(self, *expected):
-        """Consume the next token if it is an expected one (any token when none is named)."""
-        token = self.peek()
-        if expected and token not in expected:
-            return ""
-        self.at += 1
-        return token
-
-    def spend(self, work):
-        self.work -= work
-        if self.work < 0:
-            raise _Unparsed
-
-    # -- grammar, loosest binding first --
-
-    def signs(self):
-        sign = 1
-        while self.peek() in ("+", "-"):
-            sign *= -1 if self.take() == "-" else 1
-        return sign
-
-    def sum(self):
-        sign = self.signs()
-        value = _add({}, self.product(), sign)
-        while self.peek() in ("+", "-"):
-            sign = self.signs()
-            value = _add(value, self.product(), sign)
+def _power(value, q):
+    if not value and q <= 0:
+        raise ValueError  # division by zero, 0^0
+    if not value or q == 1:
         return value
-
-    def product(self):
-        value = self.factor()
-        while True:
-            before, operator = self.tokens[self.at - 1], self.take("*", "/")
-            if operator:
-                value = self.times(value, {_ONE: Fraction(self.signs())})
-            elif _is_number(self.peek()) and _is_number(before):
-                raise _Unparsed  # "2 3" is not 6
-            elif not (
-                _is_number(self.peek())
-                or _SYMBOL.match(self.peek())
-                or self.peek() in ("(", "{", "\\frac", "\\sqrt")
-            ):
-                return value
-            value = self.times(value, self.power(self.factor(), -1 if operator == "/" else 1))
-
-    def factor(self):
-        value = self.primary()
-        if self.take("^"):
-            sign = self.signs()
-            exponent = _add({}, self.argument(), sign)
-            if not exponent.keys() <= {_ONE}:
-                return _opaque("^", _freeze(value), _freeze(exponent))
-            return self.power(value, exponent.get(_ONE, Fraction(0)))
-        return value
-
-    def primary(self):
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise _Unparsed
-        token = self.peek()
-        if _is_number(token):
-            value = self.mixed()
-        elif self.take("(", "{"):
-            value = self.sum()
-            if not self.take(")" if token == "(" else "}"):
-                raise _Unparsed
-        elif self.take("\\frac"):
-            value = self.argument(one_digit=True)
-            value = self.times(value, self.power(self.argument(one_digit=True), -1))
-        elif self.take("\\sqrt"):
-            degree = 2
-            if self.take("["):
-                degree = self.take(*"23456789")
-                if not degree or not self.take("]"):
-                    raise _Unparsed
-            value = self.power(self.argument(), Fraction(1, int(degree)))
-        elif _SYMBOL.match(token):
-            symbol = self.take().strip("'")
-            value = {frozenset([(symbol, Fraction(1))]): Fraction(1)}
-        else:
-            raise _Unparsed
-        if self.take("_"):  # x_1 is a symbol of its own, and so is 101_2
-            value = _opaque("_", _freeze(value), _freeze(self.argument()))
-        self.depth -= 1
-        return value
-
-    def mixed(self):
-        """A number, or a mixed number: 1\\frac12 and 1 1/2 add, but 2\\frac{\\pi}{3} multiplies."""
-        token, value = self.peek(), self.argument()
-        if token.isdigit() and self.peek() == "\\frac":
-            fraction = self.primary()
-            if fraction.keys() == {_ONE} and 0 < fraction[_ONE] < 1:
-                return _add(value, fraction)
-            return self.times(value, fraction)
-        if (
-            token.isdigit()
-            and self.peek().isdigit()
-            and self.peek(1) == "/"
-            and self.peek(2).isdigit()
-        ):
-            top, _, bottom = self.argument(), self.take(), self.argument()
-            return _add(value, self.times(top, self.power(bottom, -1)))
-        return value
-
-    def argument(self, one_digit=False):
-        """What a command applies to. Unlike TeX, 2^10 is 1024; like TeX, \\frac12 is a half."""
-        token = self.peek()
-        if not _is_number(token):
-            return self.primary()
-        if one_digit and token.isdigit():
-            self.tokens[self.at : self.at + 1] = list(token)
-        token = self.take()
-        if len(token.lower().partition("e")[2]) > 4:  # Fraction("1e999999999") would never return
-            raise _Unparsed
-        return _add({}, {_ONE: Fraction(token)})
-
-    # -- arithmetic --
-
-    def times(self, a, b):
-        self.spend(len(a) * len(b))
-        out = {}
-        for m, p in a.items():
-            for n, q in b.items():
-                exponents = Counter(dict(m))
-                for base, exponent in n:
-                    exponents[base] += exponent
-                monomial, coefficient = _monomial(exponents)
-                _add(out, {monomial: coefficient * p * q})
-        return out
-
-    def power(self, value, q):
-        if not value and q <= 0:
-            raise _Unparsed  # division by zero, 0^0
-        if not value or q == 1:
-            return value
-        if q.denominator == 1 and len(value) == 1:
-            ((monomial, coefficient),) = value.items()
-            monomial, extra = _monomial({base: exponent * q for base, exponent in monomial})
-            return {monomial: _bounded(_whole_power(coefficient, q) * extra)}
-        if q.denominator == 1 and 0 <= q <= 12:
-            out = {_ONE: Fraction(1)}
-            for _ in range(int(q)):
-                out = self.times(out, value)
-            return out
-        if (
-            q == -1 and len(value) == 2
-        ):  # 1/(a+b) = (a-b)/(a^2-b^2), of use where a^2-b^2 is rational
-            a, b = ({monomial: coefficient} for monomial, coefficient in value.items())
-            norm = _add(self.times(a, a), self.times(b, b), -1)
-            if norm.keys() == {_ONE}:
-                return self.times(_add(a, b, -1), {_ONE: 1 / norm[_ONE]})
-        # Pull out the rational content, as in \sqrt{8+4x} = 2\sqrt{2+x}; what is left is 1, -1 or opaque.
-        content = Fraction(
-            math.gcd(*(c.numerator for c in value.values())),
-            math.lcm(*(c.denominator for c in value.values())),
-        )
-        rest = {monomial: coefficient / content for monomial, coefficient in value.items()}
-        exponents, sign = Counter(), 1
-        for n, exponent in ((content.numerator, q), (content.denominator, -q)):
-            for prime in self.primes(n):
-                exponents[prime] += exponent
-        if rest == {_ONE: -1} and q.denominator == 2:
-            exponents["i"] = q.numerator
-        elif rest == {_ONE: -1} and q.denominator % 2:  # the real odd root
-            sign = (-1) ** (q.numerator % 2)
-        elif rest != {_ONE: 1}:
-            exponents["sum", _freeze(rest)] = q
-        monomial, coefficient = _monomial(exponents)
-        return {monomial: sign * _bounded(coefficient)}
-
-    def primes(self, n):
-        """Factors of n, prime as far as small divisors tell: a cheap bound, and sqrt(8) needs no more."""
-        self.spend(20)
-        out = []
-        for d in range(2, 1000):
+    if q.denominator == 1 and 1 < q <= 12 and len(value) > 1:
+        return _times(value, _power(value, q - 1))
+    if q == -1 and len(value) == 2:  # 1/(a+b) = (a-b)/(a^2-b^2), of use where that is rational
+        (m, a), (n, b) = value.items()
+        conjugate = {m: a, n: -b}
+        norm = _times(value, conjugate)
+        if norm.keys() == {_ONE}:
+            return _times(conjugate, {_ONE: 1 / norm[_ONE]})
+    # Pull out a coefficient, as in 1/(2x+2) = 1/2 1/(x+1); what is left may be opaque.
+    monomial = min(value, key=lambda m: sorted(map(str, m)))
+    first = value[monomial]
+    rest = {m: c / first for m, c in value.items()}
+    exponents = Counter({-1: q.numerator if q.denominator % 2 else q} if first < 0 else ())
+    for n, exponent in (abs(first.numerator), q), (first.denominator, -q):
+        for d in range(2, min(n, 999) + 1):  # prime as far as small divisors tell
             while n % d == 0:
-                out.append(d)
+                exponents[d] += exponent
                 n //= d
-            if d * d > n:
-                break
-        root = math.isqrt(n)
-        return out + ([root, root] if root * root == n else [n]) if n > 1 else out
+        exponents[n] += exponent
+    if q.denominator == 1 and len(value) == 1:
+        exponents.update({base: exponent * q for base, exponent in monomial})
+    elif rest != {_ONE: 1}:
+        exponents["sum", frozenset(rest.items())] = q
+    del exponents[1]
+    return _times({frozenset(exponents.items()): Fraction(1)}, {_ONE: Fraction(1)})

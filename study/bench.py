@@ -1,24 +1,32 @@
-"""Speed, measured side by side. `python tests/bench.py` lists the parts; `... PART` runs one.
+"""Speed, measured side by side. `python study/bench.py` lists the parts; `... PART` runs one.
 
-Two sides run in turn, A B A B ..., because a machine drifts by ten percent within minutes; the ratio is taken
-within each pair: median (smallest to largest). A ratio far from what counting tokens predicts wants an
-explanation. Close other programs first: a thread that has to wait for its core holds up all the others.
+Two sides run in turn, A B A B ..., because a machine drifts by ten percent within minutes; the ratio
+is taken within each pair: median (smallest to largest). A ratio far from what counting tokens predicts
+wants an explanation. Close other programs first: a thread that has to wait for its core holds up all
+the others.
 
 tdrm: trajectories a second in the loop of tdrm_minimal.main, fp32 on the CPU, random weights, against
-  - the published algorithm: each transition (s_t, s_t+1) is a row of its own and all rows are shuffled. A row
-    takes a forward with gradient over s_t and one without over s_t+1 (a last state is spared that), in padded
-    micro-batches of 16, as many rows to an optimizer step as our batch has states;
-  - TRL's PRMTrainer, if a trl that has it (up to 1.13) is installed: same tokens, batch size and AdamW, no
-    checkpointing, saving, logging or evaluation; timed between two optimizer steps, so without its setup. It
-    takes rows in random order, we batch rows of like length: "in random order" leaves out what that wins.
-Workloads: toy, the built-in policy and task; long, 60 + 16 x 24 tokens, hidden size 256, four layers.
-search: problems a second of tree_search against published call structure (a `generate` per kept prefix, a
-reward-model forward over the whole prefix per candidate), same settings; responses a second of sample() against
-`generate`, also on responses of very different lengths, where padding is what dropping rows saves: of a policy that
-answers short and long questions, and random texts, of which no two agree for long: in the built-in policy, where the
-calls of many small operations take the time, and in one where arithmetic does.
-"of peak": the work a step cannot do without over what the same threads reach in a large matrix product. For T
-tokens that is 6 x (weights in linear layers) x T + 6 x layers x hidden x T^2 (half of the attention matrix).
+  - the published algorithm: each transition (s_t, s_t+1) is a row of its own and all rows are
+    shuffled. A row takes a forward with gradient over s_t and one without over s_t+1 (a last state is
+    spared that), in padded micro-batches of 16, as many rows to an optimizer step as our batch has
+    states;
+  - TRL's PRMTrainer, if a trl that has it (up to 1.13) is installed: same tokens, batch size and
+    AdamW, no checkpointing, saving, logging or evaluation; timed between two optimizer steps, so
+    without its setup. It takes rows in random order, we batch rows of like length: "in random order"
+    leaves out what that wins.
+  Workloads: toy, the built-in policy and task; long, 60 + 16 x 24 tokens, hidden size 256, 4 layers.
+search: problems a second of tree_search against published call structure (a `generate` per kept
+  prefix, a reward-model forward over the whole prefix per candidate), same settings; responses a
+  second of sample() against `generate`, also on responses of very different lengths, where padding is
+  what dropping rows saves: of a policy that answers short and long questions, and random texts, of
+  which no two agree for long: in the built-in policy, where the calls of many small operations take
+  the time, and in one where arithmetic does.
+rl: a GRPO step on verifiable rewards, sampling and update, against TRL's GRPOTrainer if there is one.
+gpu: TDRM and RL steps of a random 7B shape, also against parts/estimate.py.
+
+"of peak": the work a step cannot do without over what the same threads reach in a large matrix
+product. For T tokens that is 6 x (weights in linear layers) x T + 6 x layers x hidden x T^2 (half of
+the attention matrix).
 """
 
 import argparse
@@ -29,102 +37,155 @@ import importlib.util
 import itertools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
-import timeit
 import warnings
 from dataclasses import replace
 from statistics import median
 
 os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
 warnings.simplefilter("ignore", FutureWarning)  # of options that TRL and transformers will rename
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 
-import numpy as np
-import torch
-import torch.nn.functional as F
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
-import data
-import rl_minimal as rl
-import search_minimal as search
-import sft_minimal as sft
-import tdrm_minimal as tdrm
-import transformers  # after ours, which quieten it
+import data  # noqa: E402
+import rl_minimal as rl  # noqa: E402
+import search_minimal as search  # noqa: E402
+import sft_minimal as sft  # noqa: E402
+import tdrm_minimal as tdrm  # noqa: E402
+from parts import estimate  # noqa: E402
+from parts.decoding import sample  # noqa: E402
+from parts.models import (
+    STEP_END,
+    encode_prompt,
+    load_policy,
+    load_tokenizer,
+    save_model,
+)  # noqa: E402
+from parts.rewards import RewardModel, load_reward_model, new_reward_model  # noqa: E402
+from parts.runs import Processes  # noqa: E402
+from parts.training import Policy, accumulate_gradients, optimizer_step, prepare  # noqa: E402
+import transformers  # noqa: E402  (after ours, which quieten it)
 
-ENV = sft.Env()  # one process, on the CPU
+ALONE = Processes()  # one process, on the CPU
 MICRO = 16  # rows in one forward of the published algorithm
 
 
 def compare(title, expected, ours, other, pairs):
     """Call two functions that return a speed in turn and print what came out -> the median of ours."""
     speeds = [(ours(), other()) for _ in range(pairs)]
-    (a, b), ratios = map(median, zip(*speeds)), [x / y for x, y in speeds]
+    a, b = map(median, zip(*speeds))
+    ratios = [x / y for x, y in speeds]
     predicted = f"predicted {expected:5.2f}x, " if expected else ""
-    print(
-        f"  {title:<28} {predicted}measured {median(ratios):5.2f}x ({min(ratios):.2f} to "
-        f"{max(ratios):.2f}, {pairs} pairs): {a:.4g} against {b:.4g} a second",
-        flush=True,
-    )
+    spread = f"({min(ratios):.2f} to {max(ratios):.2f}, {pairs} pairs)"
+    measured = f"measured {median(ratios):5.2f}x {spread}: {a:.4g} against {b:.4g} a second"
+    print(f"  {title:<28} {predicted}{measured}", flush=True)
     return a
 
 
+def matrix_peak(n, device="cpu", dtype=torch.float32):
+    """FLOP/s of a product of two n x n matrices, the best of ten."""
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(seconds_of(lambda: a @ a) for _ in range(10))
+
+
+def seconds_of(function):
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def linear_weights(model):
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+class Clock(transformers.TrainerCallback):
+    """When each optimizer step of a TRL trainer ended, and what `read` said then."""
+
+    def __init__(self, read=lambda: None):
+        self.read, self.times = read, {}
+
+    def on_step_end(self, args, state, control, **_):
+        self.times[state.global_step] = time.perf_counter(), self.read()
+
+
+TRL = {
+    "max_grad_norm": 1,
+    "bf16": False,
+    "use_cpu": True,
+    "dataloader_num_workers": 0,
+    "dataloader_pin_memory": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "eval_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# tdrm
+
+
 class Work:
-    """Examples, and folders with a policy and a reward model of random weights that all sides start from."""
+    """Examples, and folders with a policy and a reward model of random weights that all start from."""
 
     def __init__(self, folder, policy, examples, sizes):
-        self.folder, self.policy, self.reward = folder, folder + "/policy", folder + "/reward"
+        self.policy, self.reward, self.folder = folder + "/policy", folder + "/reward", folder
         self.tokenizer, self.examples = data.builtin_tokenizer(), examples
         self.batch_size, self.steps, self.published_steps = sizes  # steps in one measurement
         self.cfg = tdrm.Config(n_step=1, batch_size=self.batch_size)
-        self.lengths = np.array([len(e["input_ids"]) for e in examples])
-        policy.save_pretrained(self.policy)
-        tdrm.load_reward_model(self.policy).save_pretrained(self.reward)
+        self.lengths = np.array([len(e) for e in examples])
+        save_model(self.policy, policy, self.tokenizer)
+        new_reward_model(self.policy, self.tokenizer, torch.float32).save(self.reward)
 
-    def model(self, head="Token", compiled=False):
+    def learner(self, head="Token", compiled=False):
         load = getattr(transformers, f"AutoModelFor{head}Classification").from_pretrained
-        return sft.prepare(
-            load(self.reward, num_labels=1), replace(self.cfg, compile=compiled), ENV
-        )[0]
+        reward = RewardModel(load(self.reward, num_labels=1), self.tokenizer)
+        return prepare(reward, replace(self.cfg, compile=compiled), ALONE)
 
 
 def toy(folder, quick):
     tokenizer = data.builtin_tokenizer()
-    rows = data.make_trajectories(data.make_problems(50 if quick else 1600), 4, label_rollouts=4)
-    examples, _ = data.encode_rows(rows, tokenizer, 2048)
-    return Work(
-        folder, sft.new_policy(tokenizer, seed=0), examples, (8, 2, 1) if quick else (64, 20, 2)
-    )
+    problems = data.make_problems(50 if quick else 1600)
+    rows = data.make_trajectories(problems, 4, label_rollouts=4)
 
+    def encode(prompt, steps):
+        return data.encode_trajectory(tokenizer, prompt, steps)
 
-def wide_policy(vocabulary, hidden):
-    """Random weights, four layers: wide enough that arithmetic takes the time, not the calls of small operations."""
-    torch.manual_seed(0)
-    return transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=4 * hidden,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=1,
-        )
-    )
+    examples, _ = data.encode_rows(rows, encode, 2048)
+    return Work(folder, sft.new_policy(tokenizer, 0), examples, (8, 2, 1) if quick else (64, 20, 2))
 
 
 def long(folder, quick):
     hidden, steps, count = (64, 4, 8) if quick else (256, 16, 128)
-    policy = wide_policy(512, hidden)
-    ids, labels = torch.randint(5, 512, (count, 60 + 24 * steps)), torch.randint(2, (count, steps))
+    policy, examples = wide_policy(512, hidden), []
+    ids = torch.randint(5, 512, (count, 60 + 24 * steps)).tolist()
+    labels = torch.randint(2, (count, steps)).tolist()
     ends = list(range(60 + 23, 60 + 24 * steps, 24))
-    examples = [
-        {"input_ids": i, "prompt_length": 60, "step_ends": ends, "labels": row, "correct": row[-1]}
-        for i, row in zip(ids.tolist(), labels.tolist())
-    ]
+    for row, mine in zip(ids, labels):
+        examples.append(data.Example("", [], row, 60, ends, mine, correct=bool(mine[-1])))
     return Work(folder, policy, examples, (2, 1, 1) if quick else (8, 4, 1))
+
+
+def wide_policy(vocabulary, hidden):
+    """Random weights, four layers: wide enough that arithmetic takes the time, not the calls."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 4 * hidden}
+    shape |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+    ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape, **ids))
 
 
 def shuffled(count, size):
@@ -132,7 +193,8 @@ def shuffled(count, size):
     rng = np.random.default_rng(0)
     while True:
         order = rng.permutation(count)
-        yield from (order[i : i + size].tolist() for i in range(0, count - count % size, size))
+        for i in range(0, count - count % size, size):
+            yield order[i : i + size].tolist()
 
 
 def padded(lengths, order, count=200):
@@ -144,32 +206,27 @@ def padded(lengths, order, count=200):
 # Three sides. Each returns a function that trains for a while -> trajectories a second.
 
 
-def our_loss(work, model, examples, states):
-    batch = data.collate(examples, work.tokenizer.pad_token_id)
-    logits = tdrm.step_values(model, batch["input_ids"], None, batch["step_ends"])
-    targets, weights = tdrm.targets_and_weights(work.cfg, logits, batch, labelled=True)
-    return (
-        F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * weights
-    ).sum() / states
+def our_loss(work, learner, examples, states):
+    b = data.collate(examples, work.tokenizer.pad_token_id)
+    logits = tdrm.step_values(learner.forward, b["input_ids"], None, b["step_ends"])
+    targets, weights = tdrm.targets_and_weights(work.cfg, logits, b, labelled=True)
+    return tdrm.value_loss(logits, targets, weights, states)
 
 
 def ours(work, order, compiled=False):
-    model = work.model(compiled=compiled)
-    optimizer = sft.make_optimizer(model, work.cfg, ENV)
+    learner = work.learner(compiled=compiled)
 
     def run(steps=work.steps):
         start = time.perf_counter()
         for _ in range(steps):
             batch = [work.examples[i] for i in next(order)]
-            states = sum(len(e["step_ends"]) for e in batch)
-            sft.accumulate_gradients(
-                model,
-                sft.local_rows(batch, ENV),
-                0,
-                lambda micro: our_loss(work, model, micro, states),
-                ENV,
-            )
-            sft.optimizer_step(model, optimizer, 1e-5, 1.0)
+            states = sum(len(e.step_ends) for e in batch)
+
+            def loss_fn(rows):
+                return our_loss(work, learner, rows, states)
+
+            accumulate_gradients(learner, batch, None, loss_fn, ALONE)
+            optimizer_step(learner, 1e-5, 1.0)
         return steps * work.batch_size / (time.perf_counter() - start)
 
     run(6 if compiled else 2)  # the first steps allocate and compile
@@ -180,48 +237,43 @@ def transitions(work, examples):
     """Rows (ids of s_t, ids of s_t+1, reward, outcome); no s_t+1, None, where s_t is a last state."""
     rows = []
     for e in examples:
-        labels = torch.tensor([e["labels"]])
+        labels = torch.tensor([e.labels])
         rewards = tdrm.shaped_rewards(labels, labels >= 0, work.cfg.correct, work.cfg.wrong)[0]
-        states = [e["input_ids"][: end + 1] for end in e["step_ends"]] + [None]
-        rows += zip(states, states[1:], rewards.tolist(), [float(e["correct"])] * len(rewards))
+        states = [e.input_ids[: end + 1] for end in e.step_ends] + [None]
+        rows += zip(states, states[1:], rewards.tolist(), [float(e.correct)] * len(rewards))
     return rows
 
 
-def published_loss(work, model, rows, states):
+def published_loss(work, learner, rows, states):
     def logits_of(prefixes):
-        batch = work.tokenizer.pad(
-            {"input_ids": prefixes}, padding_side="right", return_tensors="pt"
-        )
-        return model(**batch, use_cache=False).logits.squeeze(-1)  # (rows,)
+        ids = {"input_ids": prefixes}
+        batch = work.tokenizer.pad(ids, padding_side="right", return_tensors="pt")
+        return learner.module.model(**batch, use_cache=False).logits.squeeze(-1)  # (rows,)
 
     now, following, rewards, targets = (list(column) for column in zip(*rows))
     targets, going_on = torch.tensor(targets), torch.tensor([ids is not None for ids in following])
     if going_on.any():
         with torch.no_grad():
             values = logits_of([ids for ids in following if ids]).sigmoid()
-        targets[going_on] = (torch.tensor(rewards)[going_on] + work.cfg.gamma * values).clamp(0, 1)
-    return F.binary_cross_entropy_with_logits(logits_of(now), targets, reduction="sum") / states
+        backed_up = torch.tensor(rewards)[going_on] + work.cfg.gamma * values
+        targets[going_on] = backed_up.clamp(0, 1)
+    return tdrm.value_loss(logits_of(now), targets, 1.0, states)
 
 
 def published(work, rows):
     per_trajectory = len(rows) / len(work.examples)
     accumulate = max(1, round(work.batch_size * per_trajectory / MICRO))
-    model, order = work.model("Sequence"), shuffled(len(rows), MICRO)
-    optimizer = sft.make_optimizer(model, work.cfg, ENV)
+    learner, order = work.learner("Sequence"), shuffled(len(rows), MICRO)
 
     def run():
         start = time.perf_counter()
         for _ in range(work.published_steps):
             for micro in itertools.islice(order, accumulate):
-                published_loss(work, model, [rows[i] for i in micro], accumulate * MICRO).backward()
-            sft.optimizer_step(model, optimizer, 1e-5, 1.0)
-        return (
-            work.published_steps
-            * accumulate
-            * MICRO
-            / per_trajectory
-            / (time.perf_counter() - start)
-        )
+                batch = [rows[i] for i in micro]
+                published_loss(work, learner, batch, accumulate * MICRO).backward()
+            optimizer_step(learner, 1e-5, 1.0)
+        trajectories = work.published_steps * accumulate * MICRO / per_trajectory
+        return trajectories / (time.perf_counter() - start)
 
     return run
 
@@ -229,46 +281,28 @@ def published(work, rows):
 def trl_side(work, trl, warmup=2):
     from datasets import Dataset  # comes with trl
 
-    class Clock(transformers.TrainerCallback):
-        times = {}
-
-        def on_step_end(self, args, state, control, **_):
-            self.times[state.global_step] = time.perf_counter()
-
-    labels = [np.full(len(e["input_ids"]), -100) for e in work.examples]
+    labels = [np.full(len(e), -100) for e in work.examples]
     for row, e in zip(labels, work.examples):
-        row[e["step_ends"]] = e["labels"]
-    rows = Dataset.from_dict(
-        {"input_ids": [e["input_ids"] for e in work.examples], "labels": labels}
+        row[e.step_ends] = e.labels
+    rows = {"input_ids": [e.input_ids for e in work.examples], "labels": labels}
+    rows, load = (
+        Dataset.from_dict(rows),
+        transformers.AutoModelForTokenClassification.from_pretrained,
     )
-    model = transformers.AutoModelForTokenClassification.from_pretrained(work.policy, num_labels=2)
-    args = trl.PRMConfig(
-        work.folder,
-        per_device_train_batch_size=work.batch_size,
-        max_steps=warmup + work.steps,
-        max_length=None,
-        learning_rate=1e-5,
-        weight_decay=1e-3,
-        adam_beta2=0.98,
-        max_grad_norm=1,
-        bf16=False,
-        use_cpu=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        logging_strategy="no",
-        eval_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
+    model = load(work.policy, num_labels=2)
+    size = {"per_device_train_batch_size": work.batch_size, "max_steps": warmup + work.steps}
+    adamw = {"learning_rate": 1e-5, "weight_decay": 1e-3, "adam_beta2": 0.98}
+    args = trl.PRMConfig(work.folder, max_length=None, **size, **adamw, **TRL)
 
     def run():
-        trainer = trl.PRMTrainer(model, args, None, rows, None, work.tokenizer, callbacks=[Clock()])
+        clock = Clock()
+        given = (model, args, None, rows, None, work.tokenizer)
+        trainer = trl.PRMTrainer(*given, callbacks=[clock])
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
         assert not model.is_gradient_checkpointing and model.dtype == torch.float32
-        return work.steps * work.batch_size / (Clock.times[args.max_steps] - Clock.times[warmup])
+        (begin, _), (end, _) = clock.times[warmup], clock.times[args.max_steps]
+        return work.steps * work.batch_size / (end - begin)
 
     return run
 
@@ -287,102 +321,84 @@ def part_tdrm(args):
 
 def measure_tdrm(name, work, trl, args):
     lengths, size, rows = work.lengths, work.batch_size, transitions(work, work.examples)
-    steps, order = len(rows) / len(lengths), shuffled(len(lengths), size)
-    gradients, few = [], work.examples[:2]  # the two sides are to compute the same thing
-    for head, loss, what in ("Token", our_loss, few), (
-        "Sequence",
-        published_loss,
-        transitions(work, few),
-    ):
-        loss(work, model := work.model(head), what, 1).backward()
-        gradients.append(torch.cat([p.grad.flatten() for _, p in sorted(model.named_parameters())]))
-    difference = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max()
+    steps = len(rows) / len(lengths)
+    model = work.learner().module.model
     print(
         f"{name}: {model.num_parameters():,} parameters, batch {size}, {steps:.1f} steps, "
-        f"{lengths.mean():.1f} tokens each; our gradient is the published one to {difference:.0e}"
+        f"{lengths.mean():.1f} tokens each; our gradient is the published one to "
+        f"{largest_difference(work):.0e}"
     )
     sorted_tokens = padded(lengths, data.batches(lengths, size))
-    first, second = (
-        padded([len(r[i] or ()) for r in rows], shuffled(len(rows), MICRO)) for i in (0, 1)
-    )
-    expected = (3 * first * steps + second * (steps - 1)) / (
-        3 * sorted_tokens
-    )  # forward 1, backward 2
-    run, n = ours(work, data.batches(lengths, size)), 256 if args.quick else 2048
+    random_tokens = padded(lengths, shuffled(len(lengths), size))
+    first, second = ([len(row[i] or ()) for row in rows] for i in (0, 1))
+    first, second = (padded(column, shuffled(len(rows), MICRO)) for column in (first, second))
+    theirs = 3 * first * steps + second * (steps - 1)  # a forward is 1, a backward 2
+    expected, run = theirs / (3 * sorted_tokens), ours(work, data.batches(lengths, size))
     speed = compare("ours / published", expected, run, published(work, rows), args.repeats)
-    peak = (
-        2
-        * n**3
-        / min(
-            timeit.repeat(
-                "a @ a",
-                "a = torch.randn(n, n)",
-                repeat=8,
-                number=1,
-                globals={"torch": torch, "n": n},
-            )
-        )
-    )
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    peak = matrix_peak(256 if args.quick else 2048)
     attention = model.config.num_hidden_layers * model.config.hidden_size * lengths
-    flops = (6 * (weights + attention) * lengths).mean()
+    flops = (6 * (linear_weights(model) + attention) * lengths).mean()
     print(f"  ours is {speed * flops / peak:.0%} of peak, {peak / 1e9:.0f} GFLOP/s")
+    fast = other = None
     if not args.quick:  # compiling takes a while
         fast = ours(work, data.batches(lengths, size), compiled=True)
-        compare(
-            "with --compile / published", 1.15 * expected, fast, published(work, rows), args.repeats
-        )
-    if trl:
-        other = trl_side(work, trl)
-        if not args.quick:
-            compare(
-                "with --compile / TRL",
-                1.1 * padded(lengths, order) / sorted_tokens,
-                fast,
-                other,
-                args.repeats,
-            )
-        compare("ours / TRL", padded(lengths, order) / sorted_tokens, run, other, args.repeats)
-        if len(set(lengths)) > 1:
-            compare("ours in random order / TRL", 1, ours(work, order), other, args.repeats)
+        title, expected = "with --compile / published", 1.15 * expected
+        compare(title, expected, fast, published(work, rows), args.repeats)
+    if not trl:
+        return
+    other, expected = trl_side(work, trl), random_tokens / sorted_tokens
+    if fast:
+        compare("with --compile / TRL", 1.1 * expected, fast, other, args.repeats)
+    compare("ours / TRL", expected, run, other, args.repeats)
+    if len(set(lengths)) > 1:
+        unsorted = ours(work, shuffled(len(lengths), size))
+        compare("ours in random order / TRL", 1, unsorted, other, args.repeats)
 
 
-# ----------------------------------------------------------------------------------------------------
+def largest_difference(work):
+    """Of the two sides' gradients, which are to be the same thing, over the largest entry."""
+    few, gradients = work.examples[:2], []
+    sides = ("Token", our_loss, few), ("Sequence", published_loss, transitions(work, few))
+    for head, loss, rows in sides:
+        learner = work.learner(head)
+        loss(work, learner, rows, 1).backward()
+        named = sorted(learner.module.model.named_parameters())
+        gradients.append(torch.cat([p.grad.flatten() for _, p in named]))
+    return (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max()
+
+
+# --------------------------------------------------------------------------------------------------
 # search
 
 
-def naive_beam_search(model, prm, tokenizer, problem, keep, expand, max_steps=12):
-    """Beam search as published code calls it: one `generate` per kept prefix, one reward-model forward over the whole
-    prefix per candidate, one problem at a time. The built-in tokenizer closes a step with one token.
-    """
-    end_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(data.STEP_END)]
-    prompt = data.encode_prompt(tokenizer, problem["question"])
+def naive_beam_search(model, prm, tokenizer, problem, keep, expand, max_depth=12):
+    """Beam search as published code calls it: one `generate` per kept prefix, one reward-model forward
+    over the whole prefix per candidate, one problem at a time. The built-in tokenizer closes a step
+    with one token."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": 64}
+    options |= {
+        "eos_token_id": [eos, tokenizer.convert_tokens_to_ids(STEP_END)],
+        "pad_token_id": pad,
+    }
+    prompt = encode_prompt(tokenizer, problem["question"])
     frontier, finished = [prompt], []
-    for depth in range(max_steps):
-        candidates = []
+    for depth in range(max_depth):
+        candidates, count = [], expand if depth else keep * expand
         for prefix in frontier:
-            ids = model.generate(
-                torch.tensor([prefix]),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                eos_token_id=end_ids,
-                max_new_tokens=64,
-                num_return_sequences=expand if depth else keep * expand,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+            ids = model.generate(torch.tensor([prefix]), num_return_sequences=count, **options)
             for row in ids.tolist():
-                while row[-1] == tokenizer.pad_token_id:
+                while row[-1] == pad:
                     row.pop()
                 if row not in candidates:
                     candidates.append(row)
         scored = list(finished)
         for row in candidates:
-            prefix = row[:-1] if row[-1] == tokenizer.eos_token_id else row
-            scored.append((prm(input_ids=torch.tensor([prefix])).logits[0, -1, 0].item(), row))
+            prefix = row[:-1] if row[-1] == eos else row
+            scored.append((prm(torch.tensor([prefix])).logits[0, -1, 0].item(), row))
         kept = sorted(scored, key=lambda pair: -pair[0])[:keep]
-        finished = [pair for pair in kept if pair[1][-1] == tokenizer.eos_token_id]
-        frontier = [row for _, row in kept if row[-1] != tokenizer.eos_token_id]
+        finished = [pair for pair in kept if pair[1][-1] == eos]
+        frontier = [row for _, row in kept if row[-1] != eos]
         if not frontier:
             break
     return tokenizer.decode(kept[0][1][len(prompt) :], skip_special_tokens=True)
@@ -400,570 +416,415 @@ def widened(policy, size):
 
 
 def both_levels(policy):
-    """Folder of a policy that answers questions of both built-in levels, in 20 to 90 tokens: the built-in one, trained on
-    if it is not there yet."""
+    """Folder of a policy that answers questions of both built-in levels, in 20 to 90 tokens: the
+    built-in one, trained on if it is not there yet."""
     out = os.path.join("runs", "bench-both-levels")
     if not os.path.isdir(os.path.join(out, "model")):
         os.makedirs(out, exist_ok=True)
         path = os.path.join(out, "solutions.jsonl")
         with open(path, "w") as f:
             for level in data.LEVELS:
-                for row in data.make_trajectories(
-                    data.make_problems(20_000, "train", 0, level), 1, level=level
-                ):
-                    f.write(
-                        json.dumps({key: row[key] for key in ("prompt", "completions", "answer")})
-                        + "\n"
-                    )
-        sft.main(
-            sft.Config(model=policy, data=(path,), out=out, eval_problems=100, resume=True), ENV
-        )
+                problems = data.make_problems(20_000, "train", 0, level)
+                for row in data.make_trajectories(problems, 1, level=level):
+                    known = {key: row[key] for key in ("prompt", "completions", "answer")}
+                    f.write(json.dumps(known) + "\n")
+        cfg = sft.Config(model=policy, data=(path,), out=out, eval_problems=100, resume=True)
+        sft.main(cfg, ALONE)
     return os.path.join(out, "model")
 
 
-@torch.no_grad()
 def part_search(args):
     """Beam search against the published call structure; sample() against `generate`."""
-    from transformers import AutoModelForCausalLM
-
-    folder, prm_folder = sft.builtin_policy("builtin", ENV), tdrm.builtin_reward_model(
-        "builtin", ENV
+    folder, prm_folder = sft.builtin_policy("builtin", ALONE), tdrm.builtin_reward_model(
+        None, ALONE
     )
-    tokenizer = data.load_tokenizer(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    prm = tdrm.load_reward_model(prm_folder).eval()
-    count = 4 if args.quick else 32
-    problems = data.make_problems(count, "test")
+    tokenizer, model = load_tokenizer(folder), load_policy(folder, torch.float32)
+    prm, count = load_reward_model(prm_folder, torch.float32), 4 if args.quick else 32
+    problems, right = data.make_problems(count, "test"), {}
     questions = [p["question"] for p in problems]
-    right = {}
+
+    def timed(side, answer):
+        start = time.perf_counter()
+        texts = answer()
+        seconds = time.perf_counter() - start
+        right[side] = sum(data.verify(t, p["answer"]) for t, p in zip(texts, problems))
+        return count / seconds
 
     def ours():
-        start = time.perf_counter()
-        best, _ = search.tree_search(model, tokenizer, prm, tokenizer, questions, 4, 4)
-        seconds = time.perf_counter() - start
-        texts = [tokenizer.decode(b.token_ids, skip_special_tokens=True) for b in best]
-        right["ours"] = sum(data.verify(t, p["answer"]) for t, p in zip(texts, problems))
-        return count / seconds
+        best, _ = search.tree_search(model, tokenizer, prm, questions, 4, 4)
+        return [tokenizer.decode(beam.token_ids, skip_special_tokens=True) for beam in best]
 
+    @torch.no_grad()
     def published():
-        start = time.perf_counter()
-        texts = [naive_beam_search(model, prm, tokenizer, p, 4, 4) for p in problems]
-        seconds = time.perf_counter() - start
-        right["published"] = sum(data.verify(t, p["answer"]) for t, p in zip(texts, problems))
-        return count / seconds
+        return [naive_beam_search(model, prm, tokenizer, p, 4, 4) for p in problems]
 
     print(f"search: problems a second, beam 4 x expand 4, {count} problems at once")
-    compare("published calls, one by one", None, ours, published, args.repeats)
+    sides = (lambda: timed("ours", ours)), (lambda: timed("published", published))
+    compare("published calls, one by one", None, *sides, args.repeats)
     print(f"  right answers: ours {right['ours']}, published {right['published']} of {count}")
 
-    def sampling(
-        title,
-        policy,
-        max_new_tokens=64,
-        asked=[p["question"] for p in data.make_problems(16, "test")],
-    ):
-        prompts, tokens = [data.encode_prompt(tokenizer, q) for q in asked], []
-
-        def library():
-            padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-            start = time.perf_counter()
-            policy.generate(
-                **padded,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                num_return_sequences=8,
-                max_new_tokens=max_new_tokens,
-                use_cache=True,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            return 128 / (time.perf_counter() - start)
-
-        def mine():
-            start = time.perf_counter()
-            samples = search.sample(
-                policy, tokenizer, prompts, 8, max_new_tokens=max_new_tokens, seed=len(tokens)
-            )
-            seconds = time.perf_counter() - start
-            lengths = [len(s.token_ids) for row in samples for s in row]
-            tokens.append(len(lengths) * max(lengths) / sum(lengths))
-            return 128 / seconds
-
-        mine(), library()
-        compare(
-            title, np.mean(tokens), mine, library, args.repeats
-        )  # what dropping ended rows could save
-        print(f"  padded / real tokens: {np.mean(tokens):.2f}")
-
     print(
-        "sample(): responses a second, 16 prompts x 8, against transformers' generate; predicted: padded / real tokens"
+        "sample(): responses a second, 16 prompts x 8, against transformers' generate; predicted: "
     )
-    sampling("built-in policy", model)
+    print("padded / real tokens")
+    asked = [p["question"] for p in data.make_problems(16, "test")]
+    measure_sampling("built-in policy", model, tokenizer, asked, 64, args)
     if not args.quick:  # short and long responses of a policy that means them
-        with torch.enable_grad():
-            both = AutoModelForCausalLM.from_pretrained(both_levels(folder)).eval()
-        for short, long in (8, 8), (12, 4):
-            asked = [
-                p["question"]
-                for n, level in zip((short, long), data.LEVELS)
-                for p in data.make_problems(n, "test", level=level)
-            ]
-            for title, policy in ("", both), (", 3M parameters", widened(both, 8192)):
-                sampling(f"{short} short, {long} long{title}", policy, 128, asked)
-    even, wide = copy.deepcopy(model), wide_policy(len(tokenizer), 64 if args.quick else 256)
-    for title, policy in ("random texts", even), ("random texts, 4M parameters", wide):
-        policy.eval().lm_head.weight.zero_()  # every token as likely as the end: lengths from 1 to over 100
+        both = load_policy(both_levels(folder), torch.float32)
+        wide = widened(both, 8192)
+        for counts in (8, 8), (12, 4):
+            mixed = []
+            for n, level in zip(counts, data.LEVELS):
+                mixed += [p["question"] for p in data.make_problems(n, "test", level=level)]
+            title = f"{counts[0]} short, {counts[1]} long"
+            measure_sampling(title, both, tokenizer, mixed, 128, args)
+            measure_sampling(title + ", 3M parameters", wide, tokenizer, mixed, 128, args)
+    wide = wide_policy(len(tokenizer), 64 if args.quick else 256)
+    for title, policy in ("random texts", copy.deepcopy(model)), ("random texts, 4M", wide):
+        with torch.no_grad():  # every token as likely as the end: lengths from 1 to over 100
+            policy.eval().lm_head.weight.zero_()
         for longest in (32, 64, 160):
-            sampling(f"{title}, {longest} at most", policy, max_new_tokens=longest)
+            name = f"{title}, {longest} at most"
+            measure_sampling(name, policy, tokenizer, asked, longest, args)
 
 
-# ----------------------------------------------------------------------------------------------------
+def measure_sampling(title, policy, tokenizer, asked, longest, args):
+    prompts, tokens = [encode_prompt(tokenizer, q) for q in asked], []
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "use_cache": True}
+    options |= {"num_return_sequences": 8, "max_new_tokens": longest}
+    options["pad_token_id"] = tokenizer.pad_token_id
+
+    def library():
+        ids = {"input_ids": prompts}
+        batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
+        start = time.perf_counter()
+        policy.generate(**batch, **options)
+        return 128 / (time.perf_counter() - start)
+
+    def mine():
+        start, options = time.perf_counter(), {"max_new_tokens": longest, "seed": len(tokens)}
+        samples = sample(policy, tokenizer, prompts, 8, **options)
+        seconds = time.perf_counter() - start
+        lengths = [len(s.token_ids) for row in samples for s in row]
+        tokens.append(len(lengths) * max(lengths) / sum(lengths))
+        return 128 / seconds
+
+    mine(), library()
+    compare(title, np.mean(tokens), mine, library, args.repeats)  # what dropping rows could save
+    print(f"  padded / real tokens: {np.mean(tokens):.2f}")
+
+
+# --------------------------------------------------------------------------------------------------
 # rl
 
 
-def part_rl(args):
-    """Seconds a GRPO step on verifiable rewards, split into sampling and update, against TRL's GRPOTrainer."""
-    from transformers import AutoModelForCausalLM
+class RLSide:
+    """Our GRPO steps on verifiable rewards; how long sampling and update took, and on how much."""
 
-    folder = sft.builtin_policy("builtin", ENV)
-    tokenizer, prompts, group = data.load_tokenizer(folder), 2 if args.quick else 16, 8
-    cfg = rl.Config(
-        prompts_per_step=prompts,
-        group_size=group,
-        batch_size=prompts * group,
-        max_new_tokens=64,
-        lr=1e-9,
-        weight_decay=0.0,
-    )
-    problems, seconds, tokens, steps = (
-        data.make_problems(prompts * 20),
-        {},
-        [],
-        1 if args.quick else 8,
-    )
-    model, policy = sft.prepare(AutoModelForCausalLM.from_pretrained(folder), cfg, ENV, sft.Policy)
-    optimizer, count = sft.make_optimizer(model, cfg, ENV), itertools.count()
+    def __init__(self, folder, prompts, group, steps):
+        sizes = {"prompts_per_step": prompts, "group_size": group, "max_new_tokens": 64}
+        self.cfg = rl.Config(batch_size=prompts * group, lr=1e-9, **sizes)
+        module = Policy(load_policy(folder, torch.float32), load_tokenizer(folder))
+        self.learner, self.steps = prepare(module, self.cfg, ALONE), steps
+        self.problems = data.make_problems(prompts * 20)
+        self.seconds, self.tokens, self.count = [], [], itertools.count()
 
-    def ours():
-        begin, sampling = time.perf_counter(), 0.0
-        for step in itertools.islice(count, steps):
-            start = time.perf_counter()
-            first = step * prompts % len(problems)
-            rows = rl.rollout(
-                model,
-                tokenizer,
-                problems[first : first + prompts],
-                range(step * prompts, (step + 1) * prompts),
-                cfg,
-                ENV,
-            )
+    def run(self):
+        """-> steps a second."""
+        begin, sampling, prompts = time.perf_counter(), 0.0, self.cfg.prompts_per_step
+        for step in itertools.islice(self.count, self.steps):
+            start, first = time.perf_counter(), step * prompts % len(self.problems)
+            asked = self.problems[first : first + prompts]
+            rollouts = rl.roll_out(self.learner.module, asked, step * prompts, self.cfg, ALONE)
             sampling += time.perf_counter() - start
-            advantages = rl.group_advantages(
-                torch.tensor([row["verifiable"] for row in rows]), group
-            )
-            for row, advantage in zip(rows, advantages.tolist()):
-                row["advantages"] = np.full(len(row["old_logprobs"]), advantage, dtype=np.float32)
-            rl.update_policy(policy, model, optimizer, rows, 1e-9, cfg, ENV, tokenizer.pad_token_id)
-            tokens.append(
-                (
-                    sum(len(row["old_logprobs"]) for row in rows),
-                    sum(len(row["input_ids"]) for row in rows),
-                    sum(len(row["input_ids"]) for row in rl.distinct(rows)),
-                )
-            )
+            correct = torch.tensor([r.correct for r in rollouts])
+            advantages = rl.group_advantages(correct, self.cfg.group_size).tolist()
+            self.tokens.append(learn(self.learner, rollouts, advantages, self.cfg, ALONE)[:2])
         total = time.perf_counter() - begin
-        seconds.setdefault("ours", []).append((sampling / steps, (total - sampling) / steps))
-        return steps / total
+        self.seconds.append((sampling / self.steps, (total - sampling) / self.steps))
+        return self.steps / total
 
-    ours()
+
+def learn(learner, rollouts, advantages, cfg, procs):
+    """An update -> tokens written, tokens in all, largest |ratio - 1|."""
+    for r, advantage in zip(rollouts, advantages):
+        r.advantages = np.full(len(r.old_logprobs), advantage, dtype=np.float32)
+    found = rl.update_policy(learner, rollouts, 0, cfg, procs)
+    written = sum(len(r.old_logprobs) for r in rollouts)
+    return written, sum(map(len, rollouts)), found["max_ratio_deviation"]
+
+
+def part_rl(args):
+    """Seconds a GRPO step on verifiable rewards, split into sampling and update, against TRL's."""
+    folder, group = sft.builtin_policy("builtin", ALONE), 8
+    prompts, steps = (2, 1) if args.quick else (16, 8)
+    mine = RLSide(folder, prompts, group, steps)
+    mine.run()
     trl = importlib.import_module("trl") if importlib.util.find_spec("trl") else None
     version = f"trl {trl.__version__}" if trl else "trl not installed: ours alone"
-    print(
-        f"rl: steps a second, {prompts} prompts x {group} samples, up to 64 tokens, {torch.get_num_threads()} threads; {version}"
-    )
-    with tempfile.TemporaryDirectory() as place:
-        other = (
-            trl_grpo(trl, place, folder, tokenizer, problems, prompts, group, steps, seconds)
-            if trl
-            else None
-        )
-        if other:
-            compare("ours / TRL GRPOTrainer", None, ours, other, args.repeats)
-        else:
-            print(f"  ours: {median(ours() for _ in range(args.repeats)):.3g} steps a second")
-    n = 256 if args.quick else 2048
-    peak = (
-        2
-        * n**3
-        / min(
-            timeit.repeat(
-                "a @ a",
-                "a = torch.randn(n, n)",
-                repeat=8,
-                number=1,
-                globals={"torch": torch, "n": n},
-            )
-        )
-    )
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    generated, whole, different = np.mean(tokens, axis=0)
-    for side, parts in seconds.items():
+    threads = f"up to 64 tokens, {torch.get_num_threads()} threads"
+    print(f"rl: steps a second, {prompts} prompts x {group} samples, {threads}; {version}")
+    sides = {"ours": mine.seconds}
+    if trl:
+        with tempfile.TemporaryDirectory() as place:
+            other = TRLSide(trl, place, folder, mine)
+            sides["TRL"] = other.seconds
+            compare("ours / TRL GRPOTrainer", None, mine.run, other.run, args.repeats)
+    else:
+        speed = median(mine.run() for _ in range(args.repeats))
+        print(f"  ours: {speed:.3g} steps a second")
+    peak, weights = matrix_peak(256 if args.quick else 2048), linear_weights(mine.learner.module)
+    written, whole = np.mean(mine.tokens, axis=0)
+    for side, parts in sides.items():
         sampling, update = np.median(parts, axis=0)
+        shares = 2 * weights * written / sampling / peak, 6 * weights * whole / update / peak
         print(
-            f"  {side:<5} sampling {sampling:.3f} s ({2 * weights * generated / sampling / peak:.0%} of peak), "
-            f"update {update:.3f} s ({6 * weights * whole / update / peak:.0%})"
+            f"  {side:<5} sampling {sampling:.3f} s ({shares[0]:.0%} of peak), update "
+            f"{update:.3f} s ({shares[1]:.0%})"
         )
     print(
-        f"  {generated:.0f} tokens generated a step; of {whole:.0f} with prompts, {different:.0f} in different responses, which is all we "
-        f"train on; peak {peak / 1e9:.0f} GFLOP/s"
+        f"  {written:.0f} tokens written a step, {whole:.0f} with prompts; {peak / 1e9:.0f} GFLOP/s"
     )
 
 
-def trl_grpo(trl, place, folder, tokenizer, problems, prompts, group, steps, seconds, warmup=1):
-    from datasets import Dataset  # comes with trl
-    from transformers import AutoModelForCausalLM
+class TRLSide:
+    """The same steps in TRL's GRPOTrainer."""
 
-    class Clock(transformers.TrainerCallback):
-        times = {}
+    def __init__(self, trl, place, folder, mine, warmup=1):
+        from datasets import Dataset  # comes with trl
 
-        def on_step_end(self, args, state, control, **_):
-            self.times[state.global_step] = time.perf_counter(), sampling[0]
+        self.trl, self.warmup, self.sampling, self.seconds = trl, warmup, 0.0, []
+        self.model, self.tokenizer = load_policy(folder, torch.float32), load_tokenizer(folder)
+        self.generate, self.model.generate = self.model.generate, self.timed
+        rows, group = [], mine.cfg.group_size
+        for p in mine.problems:
+            message = {"role": "user", "content": p["question"]}
+            rows.append({"prompt": [message], "answer": p["answer"]})
+        self.rows, self.steps = Dataset.from_list(rows), mine.steps
+        size = {"per_device_train_batch_size": mine.cfg.batch_size, "num_generations": group}
+        size |= {"max_completion_length": 64, "max_steps": warmup + mine.steps}
+        same = {"learning_rate": 1e-9, "beta": 0.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        self.args = trl.GRPOConfig(place, **size, **same, **TRL)
 
-    def reward(completions, answer, **_):
-        return [float(data.verify(c[0]["content"], a)) for c, a in zip(completions, answer)]
-
-    sampling = [0.0]
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    generate = model.generate
-
-    def timed(*args, **options):
+    def timed(self, *args, **options):
         start = time.perf_counter()
-        out = generate(*args, **options)
-        sampling[0] += time.perf_counter() - start
+        out = self.generate(*args, **options)
+        self.sampling += time.perf_counter() - start
         return out
 
-    model.generate = timed
-    rows = Dataset.from_list(
-        [
-            {"prompt": [{"role": "user", "content": p["question"]}], "answer": p["answer"]}
-            for p in problems
-        ]
-    )
-    args = trl.GRPOConfig(
-        place,
-        per_device_train_batch_size=prompts * group,
-        num_generations=group,
-        max_completion_length=64,
-        max_steps=warmup + steps,
-        learning_rate=1e-9,
-        beta=0.0,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        logging_strategy="no",
-        eval_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
+    def reward(self, completions, answer, **_):
+        return [float(data.verify(c[0]["content"], a)) for c, a in zip(completions, answer)]
 
-    def run():
-        sampling[0] = 0.0
-        trainer = trl.GRPOTrainer(
-            model,
-            reward_funcs=reward,
-            args=args,
-            train_dataset=rows,
-            processing_class=tokenizer,
-            callbacks=[Clock()],
-        )
+    def run(self):
+        self.sampling, clock = 0.0, Clock(lambda: self.sampling)
+        what = {"reward_funcs": self.reward, "args": self.args, "train_dataset": self.rows}
+        what |= {"processing_class": self.tokenizer, "callbacks": [clock]}
+        trainer = self.trl.GRPOTrainer(self.model, **what)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-        (begin, before), (end, after) = Clock.times[warmup], Clock.times[warmup + steps]
-        seconds.setdefault("TRL", []).append(
-            ((after - before) / steps, (end - begin - after + before) / steps)
-        )
-        return steps / (end - begin)
-
-    return run
+        (begin, before), (end, after) = clock.times[self.warmup], clock.times[self.args.max_steps]
+        sampling, total = after - before, end - begin
+        self.seconds.append((sampling / self.steps, (total - sampling) / self.steps))
+        return self.steps / total
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # gpu
 
 
-def part_gpu(args):
-    """TDRM and RL steps of a random 7B shape: tokens a second, FLOPs against the peak, memory against the estimate."""
-    import estimate
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+class Shape:
+    """A model's shape with as many layers as the device takes, and what was measured of a step."""
 
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    env, dtype, tokenizer = (
-        sft.Env(device=device),
-        torch.bfloat16 if cuda else torch.float32,
-        data.builtin_tokenizer(),
-    )
-    card = torch.cuda.get_device_properties(0).total_memory if cuda else 4 * 2**30
-    shape = estimate.load_config("Qwen2.5-Math-7B")
-    if args.quick or not cuda:
-        shape = transformers.Qwen2Config(
-            vocab_size=2048,
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
-        )
-    rows, steps, length, new = (8, 16, 1024, 256) if cuda and not args.quick else (4, 2, 64, 16)
-    shape.eos_token_id, shape.pad_token_id, shape.bos_token_id = (
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-        None,
-    )
-    n = 8192 if cuda else 256
-    a = torch.randn(n, n, device=device, dtype=dtype)
+    def __init__(self, quick):
+        cuda, tokenizer = torch.cuda.is_available(), data.builtin_tokenizer()
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self.procs, self.tokenizer = Processes(device=self.device), tokenizer
+        self.dtype = torch.bfloat16 if cuda else torch.float32
+        self.card = torch.cuda.get_device_properties(0).total_memory if cuda else 4 * 2**30
+        self.config, self.large = estimate.load_config("Qwen2.5-Math-7B"), cuda and not quick
+        if not self.large:
+            small = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
+            small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048}
+            self.config = transformers.Qwen2Config(**small, tie_word_embeddings=False)
+        self.peak = matrix_peak(8192 if cuda else 256, self.device, self.dtype)
+        name = torch.cuda.get_device_name() if cuda else "no GPU, a small shape on the CPU"
+        print(f"gpu: {name}; matrix products reach {self.peak / 1e12:.3g} TFLOP/s")
 
-    def timed(function):
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        function()
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    peak = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(10))
-    print(
-        f"gpu: {torch.cuda.get_device_name() if cuda else 'no GPU, a small shape on the CPU'}; matrix products reach {peak / 1e12:.3g} TFLOP/s"
-    )
-
-    def fitting(kind, cfg, others=lambda config: ()):
-        """The shape with as many layers as the card takes, all of them where it can."""
-        for layers in range(shape.num_hidden_layers, 0, -1):
-            config = transformers.AutoConfig.for_model(
-                **{
-                    **shape.to_dict(),
-                    "num_hidden_layers": layers,
-                    "layer_types": None,
-                    "num_labels": 1,
-                }
-            )
+    def build(self, auto, head, cfg):
+        """-> a model that fits with these options, its estimated bytes."""
+        most, ids = self.config.num_hidden_layers, {"bos_token_id": None}
+        ids |= {"eos_token_id": self.tokenizer.eos_token_id, "num_labels": 1}
+        ids |= {"pad_token_id": self.tokenizer.pad_token_id, "layer_types": None}
+        for layers in range(most, 0, -1):
+            shape = self.config.to_dict() | ids | {"num_hidden_layers": layers}
+            config = transformers.AutoConfig.for_model(**shape)
             config.classifier_dropout = 0.0
-            bytes_ = estimate.memory(config, kind, cfg, 1, dtype, others(config))["total"]
-            if bytes_ < 0.94 * card:
-                return config, bytes_
-        raise SystemExit(f"gpu: not even one layer of this shape fits {card / 2**30:.0f} GiB")
+            models = [estimate.new_model(config, head)]
+            bytes_ = estimate.total(*estimate.memory(models, cfg))
+            if bytes_ < 0.94 * self.card:
+                torch.manual_seed(0)
+                with torch.device(self.device):
+                    return auto.from_config(config, dtype=self.dtype), bytes_
+        raise SystemExit(f"gpu: not one layer of this shape fits {self.card / 2**30:.0f} GiB")
 
-    def report(name, config, seconds, tokens, flops, estimated):
-        used = (
-            f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-            if cuda
-            else "peak not measured here"
-        )
+    def measure(self, name, layers, step, repeats, estimated, count):
+        """Time `step`; `count()` -> tokens and FLOPs of one."""
+        step()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = median(seconds_of(step) for _ in range(repeats))
+        used = "peak not measured here"
+        if self.device.type == "cuda":
+            used = f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        tokens, flops = count()
+        speed, share = tokens / seconds, flops / seconds / self.peak
         print(
-            f"  {name}, {config.num_hidden_layers} of {shape.num_hidden_layers} layers: {tokens / seconds:.4g} tokens a second, "
-            f"{flops / seconds / peak:.0%} of peak; {used}, estimated {estimated / 2**30:.1f} GiB"
+            f"  {name}, {layers} of {self.config.num_hidden_layers} layers: {speed:.4g} tokens a "
+            f"second, {share:.0%} of peak; {used}, estimated {estimated / 2**30:.1f} GiB"
         )
 
-    cfg = tdrm.Config(
-        batch_size=rows, micro_batch_size=max(1, rows // 4), max_length=length, grad_checkpoint=True
-    )
-    config, estimated = fitting("tdrm", cfg)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForTokenClassification.from_config(config, dtype=dtype)
-    model, wrapped = sft.prepare(model, cfg, env)
-    optimizer, ends = sft.make_optimizer(model, cfg, env), list(
-        range(length // steps - 1, length, length // steps)
-    )
-    examples = [
-        {
-            "input_ids": torch.randint(5, shape.vocab_size, (length,)).tolist(),
-            "prompt_length": 1,
-            "step_ends": ends,
-            "labels": [1.0] * len(ends),
-            "correct": True,
-        }
-        for _ in range(rows)
-    ]
 
-    def loss_fn(micro):
-        batch = {k: v.to(device) for k, v in data.collate(micro, 0).items()}
-        logits = tdrm.step_values(wrapped, batch["input_ids"], None, batch["step_ends"])
-        targets, weights = tdrm.targets_and_weights(cfg, logits, batch, labelled=True)
-        return (
-            F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * weights
-        ).sum() / (rows * len(ends))
+def part_gpu(args):
+    """TDRM and RL steps of a random 7B shape: tokens a second, FLOPs, memory against the estimate."""
+    shape = Shape(args.quick)
+    gpu_tdrm(shape, args)
+    gpu_rl(shape, args)
+
+
+def gpu_options(shape, kind, **options):
+    dtype = "bfloat16" if shape.dtype == torch.bfloat16 else "float32"
+    return estimate.options(kind)(dtype=dtype, grad_checkpoint=True, **options)
+
+
+def gpu_tdrm(shape, args):
+    rows, steps, length = (8, 16, 1024) if shape.large else (4, 2, 64)
+    sizes = {"batch_size": rows, "micro_batch_size": rows // 4, "max_length": length}
+    cfg = gpu_options(shape, "tdrm", **sizes)
+    model, estimated = shape.build(transformers.AutoModelForTokenClassification, "value", cfg)
+    learner = prepare(RewardModel(model, shape.tokenizer), cfg, shape.procs)
+    ends, examples = list(range(length // steps - 1, length, length // steps)), []
+    for _ in range(rows):
+        ids = torch.randint(5, shape.config.vocab_size, (length,)).tolist()
+        examples.append(data.Example("", [], ids, 1, ends, [1.0] * steps, correct=True))
+
+    def loss_fn(part):
+        b = data.collate(part, 0, shape.device)
+        logits = tdrm.step_values(learner.forward, b["input_ids"], None, b["step_ends"])
+        targets, weights = tdrm.targets_and_weights(cfg, logits, b, labelled=True)
+        return tdrm.value_loss(logits, targets, weights, rows * steps)
 
     def step():
-        sft.accumulate_gradients(wrapped, examples, cfg.micro_batch_size, loss_fn, env)
-        sft.optimizer_step(model, optimizer, 1e-6, 1.0)
+        accumulate_gradients(learner, examples, cfg.micro_batch_size, loss_fn, shape.procs)
+        optimizer_step(learner, 1e-6, 1.0)
 
-    step()
-    seconds = median(timed(step) for _ in range(args.repeats))
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    report(
-        "a TDRM step",
-        config,
-        seconds,
-        rows * length,
-        rows * length * (6 * weights + 6 * config.num_hidden_layers * config.hidden_size * length),
-        estimated,
-    )
-    del model, wrapped, optimizer
+    def count():
+        attention = model.config.num_hidden_layers * model.config.hidden_size * length
+        return rows * length, 6 * rows * length * (linear_weights(model) + attention)
 
-    group = 8
-    cfg = rl.Config(
-        prompts_per_step=max(1, rows // 4),
-        group_size=group,
-        batch_size=max(1, rows // 4) * group,
-        micro_batch_size=2,
-        max_new_tokens=new,
-        max_length=64 + new,
-        eval_problems=1,
-        grad_checkpoint=True,
-        alpha=1.0,
-    )
-    config, estimated = fitting("rl", cfg)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model, policy = sft.prepare(model, cfg, env, sft.Policy)
-    optimizer, problems, phases, counted = (
-        sft.make_optimizer(model, cfg, env),
-        data.make_problems(cfg.prompts_per_step),
-        [],
-        [],
-    )
+    layers = model.config.num_hidden_layers
+    shape.measure("a TDRM step", layers, step, args.repeats, estimated, count)
 
-    def rl_step():
+
+def gpu_rl(shape, args):
+    prompts, group, new = (2, 8, 256) if shape.large else (1, 8, 16)
+    sizes = {"prompts_per_step": prompts, "group_size": group, "batch_size": prompts * group}
+    sizes |= {"micro_batch_size": 2, "max_new_tokens": new, "max_length": 64 + new}
+    cfg = gpu_options(shape, "rl", eval_problems=1, alpha=1.0, **sizes)
+    model, estimated = shape.build(transformers.AutoModelForCausalLM, "policy", cfg)
+    learner = prepare(Policy(model, shape.tokenizer), cfg, shape.procs)
+    problems, phases, counted = data.make_problems(prompts), [], []
+    advantages = [1.0 - 2 * (i % 2) for i in range(prompts * group)]
+
+    def step():
         start = time.perf_counter()
-        rows = rl.rollout(model, tokenizer, problems, range(len(problems)), cfg, env)
+        rollouts = rl.roll_out(learner.module, problems, 0, cfg, shape.procs)
         middle = time.perf_counter()
-        for i, row in enumerate(rows):
-            row["advantages"] = np.full(
-                len(row["old_logprobs"]), 1.0 - 2 * (i % 2), dtype=np.float32
-            )
-        metrics = rl.update_policy(policy, model, optimizer, rows, 1e-6, cfg, env, 0)
+        counted.append(learn(learner, rollouts, advantages, cfg, shape.procs))
         phases.append((middle - start, time.perf_counter() - middle))
-        counted.append(
-            (
-                sum(len(row["old_logprobs"]) for row in rows),
-                sum(len(row["input_ids"]) for row in rows),
-                metrics["max_ratio_deviation"],
-            )
-        )
 
-    rl_step()
-    seconds = median(timed(rl_step) for _ in range(args.repeats))
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    new_tokens, tokens, deviation = np.mean(counted, axis=0)
-    report(
-        "an RL step",
-        config,
-        seconds,
-        tokens,
-        2 * weights * new_tokens + 6 * weights * tokens,
-        estimated,
-    )
+    def count():
+        written, tokens, _ = np.mean(counted, axis=0)
+        return tokens, linear_weights(model) * (2 * written + 6 * tokens)
+
+    layers = model.config.num_hidden_layers
+    shape.measure("an RL step", layers, step, args.repeats, estimated, count)
+    (sampling, update), deviation = np.median(phases, axis=0), max(row[2] for row in counted)
     print(
-        f"    sampling {np.median(phases, axis=0)[0]:.3g} s, update {np.median(phases, axis=0)[1]:.3g} s; largest |ratio - 1| {deviation:.2g}"
+        f"    sampling {sampling:.3g} s, update {update:.3g} s; largest |ratio - 1| {deviation:.2g}"
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# startup
 
 
 def part_startup(args):
-    """Seconds from the command to the first training step, of the scripts that learn from the built-in data at once."""
-    import subprocess
-    import sft_minimal as sft
-
-    scripts, root = ("sft", "tdrm"), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    """Seconds from the command to the first training step, of the scripts that learn at once."""
+    imports = (
+        "from transformers import AutoModelForTokenClassification, Qwen2ForTokenClassification"
+    )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = data.builtin_tokenizer()
-        sft.save_model(folder + "/policy", sft.new_policy(tokenizer, 0), tokenizer)
+        save_model(folder + "/policy", sft.new_policy(tokenizer, 0), tokenizer)
+        sides = {
+            "import torch": lambda: seconds_of_python("import torch"),
+            "and of transformers": lambda: seconds_of_python("import tdrm_minimal\n" + imports),
+            "sft_minimal.py": lambda: seconds_to_step("sft", folder, []),
+            "tdrm_minimal.py": lambda: seconds_to_step(
+                "tdrm", folder, ["--model", folder + "/policy"]
+            ),
+        }
+        rows = [{name: side() for name, side in sides.items()} for _ in range(args.repeats)]
+    for name in sides:
+        low, *_, high = numbers = sorted(row[name] for row in rows + rows)
+        what = "s to the first step" if "minimal" in name else "s"
+        print(f"{name:<20} {median(numbers):5.1f} {what} ({low:.1f}-{high:.1f})")
 
-        def first_step(script):
-            begin, out = time.perf_counter(), tempfile.mkdtemp(dir=folder)
-            small = ["--model", folder + "/policy"] if script == "tdrm" else []
-            process = subprocess.Popen(
-                [sys.executable, f"{root}/{script}_minimal.py", "--out", out, *small],
-                stdout=-3,
-                stderr=-3,
-            )
-            metrics = out + "/metrics.jsonl"
-            while process.poll() is None and not (
-                os.path.exists(metrics) and '"step": 1' in open(metrics).read()
-            ):
-                time.sleep(0.01)
-            seconds = time.perf_counter() - begin
-            process.kill()
-            process.wait()
-            return seconds
 
-        def python(code):
-            begin = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
-            return time.perf_counter() - begin
+def seconds_of_python(code):
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    return time.perf_counter() - begin
 
-        rows = [
-            {
-                "import torch": python("import torch"),
-                "and what a script loads of transformers": python(
-                    "import torch, tdrm_minimal; from transformers import AutoModelForTokenClassification, Qwen2ForTokenClassification"
-                ),
-                **{f"{script}_minimal.py": first_step(script) for script in scripts},
-            }
-            for _ in range(args.repeats)
-        ]
-        for name in rows[0]:
-            numbers = sorted(row[name] for row in rows)
-            print(
-                f"{name:<42} {median(numbers):5.1f} s to the first step ({numbers[0]:.1f}-{numbers[-1]:.1f})"
-                if "minimal" in name
-                else f"{name:<42} {median(numbers):5.1f} s ({numbers[0]:.1f}-{numbers[-1]:.1f})"
-            )
+
+def seconds_to_step(script, folder, options):
+    begin, out = time.perf_counter(), tempfile.mkdtemp(dir=folder)
+    command = [sys.executable, f"{ROOT}/{script}_minimal.py", "--out", out, *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path, lines = out + "/metrics.jsonl", ""
+    while process.poll() is None and '"step": 1' not in lines:
+        time.sleep(0.01)
+        if os.path.exists(path):
+            with open(path) as f:
+                lines = f.read()
+    seconds = time.perf_counter() - begin
+    process.kill()
+    process.wait()
+    return seconds
 
 
 PARTS = {
-    "tdrm": (
-        part_tdrm,
-        "training steps of tdrm_minimal.py against the published algorithm and TRL",
-    ),
-    "search": (
-        part_search,
-        "beam search against one call per prefix and candidate; sample() against generate",
-    ),
+    "tdrm": (part_tdrm, "steps of tdrm_minimal.py against the published algorithm and TRL"),
+    "search": (part_search, "beam search against one call per prefix; sample() against generate"),
+    "rl": (part_rl, "a step of rl_minimal.py against TRL's GRPOTrainer, sampling and update"),
     "gpu": (
         part_gpu,
-        "TDRM and RL steps of a 7B shape on one GPU (without one: a small shape on the CPU)",
+        "TDRM and RL steps of a 7B shape on one GPU (without one: small, on the CPU)",
     ),
     "startup": (part_startup, "seconds from the command to the first training step"),
-    "rl": (part_rl, "a step of rl_minimal.py against TRL's GRPOTrainer, sampling and update"),
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description="Speed, measured side by side.")
     parser.add_argument("part", nargs="?", choices=PARTS, help="none: list them")
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="pairs to measure (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes: shows that everything runs"
-    )
+    parser.add_argument("--repeats", type=int, default=5, help="pairs to measure (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
     args = parser.parse_args()
     if args.part:
         return PARTS[args.part][0](args)
-    print(
-        *(f"python tests/bench.py {name:<6} {what}" for name, (_, what) in PARTS.items()), sep="\n"
-    )
+    for name, (_, what) in PARTS.items():
+        print(f"python study/bench.py {name:<7} {what}")
 
 
 if __name__ == "__main__":

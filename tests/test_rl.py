@@ -184,11 +184,12 @@ BOXED = "\\boxed{1}"
         (["a", "b", "c"], 1),
         (["a", "b", "#### 5"], 1),
         (["a", "b", "c", "#### 5", "d"], 2),
-        (["a", "b", f"so {BOXED}.", "d", BOXED], 1),
+        (["a", "b", f"so {BOXED}.", "d", BOXED], 3),  # the last box, as the verifier
     ],
 )
 def test_state_before_answer(steps, wanted):
-    assert rl.state_before_answer(data.Example("", steps, [], 0, [])) == wanted
+    values, example = list(range(len(steps))), data.Example("", steps, [], 0, [])
+    assert rl.before_answer([values], [example]).tolist() == [wanted]
 
 
 @pytest.mark.parametrize("decay", [True, False])
@@ -528,7 +529,7 @@ def test_auroc_rises_on_fixed_rollouts(home):
 
     def auroc():
         values = prm.score_steps(examples, ALONE)
-        before_the_answer = [v[rl.state_before_answer(e)] for v, e in zip(values, examples)]
+        before_the_answer = rl.before_answer(values, examples)
         return tdrm.auroc(before_the_answer, [e.correct for e in examples])
 
     assert auroc() < 0.8

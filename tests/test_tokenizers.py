@@ -88,8 +88,9 @@ def as_steps(tokenizer, lines):
 
 
 @needs_gsm8k
-@pytest.mark.parametrize("name", ["sentencepiece", *map(functools.partial(pytest.param,
-    marks=needs_tokenizers), REAL)])
+@pytest.mark.parametrize(
+    "name", ["sentencepiece", *map(functools.partial(pytest.param, marks=needs_tokenizers), REAL)]
+)
 def test_steps_have_the_ids_of_the_whole_text(name):
     """All solutions; the naive reader tokenises question and solution in one piece."""
     tokenizer = sentencepiece() if name == "sentencepiece" else real(name)
@@ -173,7 +174,9 @@ def test_the_second_end_of_a_generation_config_ends_a_response(two_ends):
     assert end_ids(tokenizer, model.generation_config) == [EOS, USER]
     for temperature in (0.0, 1.0):
         for each in sample(model, tokenizer, ["3+4", "7"], 2, temperature, 16):
-            assert [(s.text, s.finished, s.token_ids[-1]) for s in each] == [("A:7", True, USER)] * 2
+            assert [(s.text, s.finished, s.token_ids[-1]) for s in each] == [
+                ("A:7", True, USER)
+            ] * 2
     model.generation_config.eos_token_id = EOS  # as it was: it writes on
     ((other,),) = sample(model, tokenizer, ["3+4"], 1, 1.0, 16)
     assert not other.finished and other.text.startswith("A:788")
@@ -216,12 +219,12 @@ def test_a_base_model_closes_turns_as_its_template_does(tmp_path):
     model, tokenizer = spelled_out(["<assistant>", "7", "<eos>", "8"], ends=None)
     tokenizer.eos_token = "<unk>"
     save_model(str(tmp_path / "base"), model, tokenizer)
-    model, tokenizer = load_policy(str(tmp_path / "base"), torch.float32), load_tokenizer(
-        str(tmp_path / "base")
-    )
+    model = load_policy(str(tmp_path / "base"), torch.float32)
+    tokenizer = load_tokenizer(str(tmp_path / "base"))
     assert tokenizer.eos_token == "<unk>" and closing_id(tokenizer) == EOS
     assert end_ids(tokenizer, model.generation_config) == [EOS, tokenizer.eos_token_id]
-    assert sft.spelling(tokenizer)("3+4", ["7"])[0][-2:] == [tokenizer.convert_tokens_to_ids("7"), EOS]
+    ids, *_ = sft.spelling(tokenizer)("3+4", ["7"])
+    assert ids[-2:] == [tokenizer.convert_tokens_to_ids("7"), EOS]
     ((one,),) = sample(model, tokenizer, ["3+4"], 1, 1.0, 16)
     assert (one.text, one.finished) == ("7", True)
 
@@ -301,12 +304,13 @@ def strict(tmp_path_factory):
     return home
 
 
+SHORT = {"max_length": 256}
 REFUSING = [
-    (search, "problems.jsonl", {"prm": ("none",)}),
-    (rl, "problems.jsonl", {"alpha": 1.0}),
-    (prime, "problems.jsonl", {}),
-    (sft, "rows.jsonl", {}),
-    (tdrm, "rows.jsonl", {}),
+    (search, "problems.jsonl", {"prm": ("none",), "max_new_tokens": 4}),
+    (rl, "problems.jsonl", SHORT | {"alpha": 1.0, "max_new_tokens": 4}),
+    (prime, "problems.jsonl", SHORT | {"max_new_tokens": 4}),
+    (sft, "rows.jsonl", SHORT | {"max_new_tokens": 4}),
+    (tdrm, "rows.jsonl", SHORT),
 ]
 
 
@@ -317,10 +321,9 @@ def name_of(value):
 @pytest.mark.parametrize("script, file, more", REFUSING, ids=name_of)
 def test_a_template_that_refuses_a_row_is_one_line(script, file, more, strict, tmp_path):
     path = str(strict / file)
-    options = {"model": str(strict / "model"), "data": (path,), "out": str(tmp_path / "run")}
+    files = {"model": str(strict / "model"), "data": (path,), "out": str(tmp_path / "run")}
     with pytest.raises(BadInput) as error:
-        script.main(script.Config(**options, max_new_tokens=4, **more)
-            if script is not tdrm else script.Config(**options, **more), Processes())
+        script.main(script.Config(**files, **more), Processes())
     line = str(error.value)
     assert line.startswith(f"{path}:3: ") and "\n" not in line
     assert "user, user" in line and "roles must alternate" in line
@@ -372,34 +375,201 @@ def test_equal_runs_on_different_days_write_equal_files(tmp_path, monkeypatch):
     save_random(str(tmp_path / "model"), DATED)
     rows = [{"prompt": f"{i}+2"} | side for i in range(8) for side in (RIGHT, WRONG)]
     write_rows(tmp_path / "rows.jsonl", rows)
-    write_rows(tmp_path / "problems.jsonl", [{"question": f"{i}+2", "answer": "3"} for i in range(6)])
+    write_rows(
+        tmp_path / "problems.jsonl", [{"question": f"{i}+2", "answer": "3"} for i in range(6)]
+    )
     for year in (2025, 2031):
         on(monkeypatch, year)
         home = tmp_path / str(year)
         home.mkdir()
         monkeypatch.chdir(home)
-        files = {"model": "../model", "data": ("../rows.jsonl",), "steps": 2, "batch_size": 4}
-        tdrm.main(tdrm.Config(**files, out="tdrm"), Processes())
+        files = {"model": "../model", "data": ("../rows.jsonl",), "out": "tdrm"}
+        tdrm.main(tdrm.Config(**files, **SHORT, steps=2, batch_size=4), Processes())
         files = {"model": "../model", "data": ("../problems.jsonl",), "max_new_tokens": 4}
-        search.main(search.Config(**files, prm=("tdrm/model",), n=2, expand=(2,)), Processes())
-        sizes = {"steps": 1, "prompts_per_step": 2, "group_size": 2}
-        rl.main(rl.Config(**files, **sizes, prm="tdrm/model", out="rl"), Processes())
+        trees = {"n": 2, "expand": (2,), "beam": 2, "out": "search"}
+        search.main(search.Config(**files, **trees, prm=("tdrm/model",)), Processes())
+        sizes = {"steps": 1, "prompts_per_step": 2, "group_size": 2, "out": "rl"}
+        rl.main(rl.Config(**files, **SHORT, **sizes, prm="tdrm/model"), Processes())
     assert_equal_files(tmp_path / "2025", tmp_path / "2031")
 
 
+def without_clock(path):
+    """What a file holds, but for what the clock put there."""
+    if path.name == "metrics.jsonl":
+        return numbers(path.parent)
+    if path.name == "summary.json" or path.parts[-3:-1] == ("search", "state"):
+        with open(path) as f:
+            rows = json.load(f) if path.suffix == ".json" else [json.loads(line) for line in f]
+        for row in rows["rows"] if "rows" in rows else rows if isinstance(rows, list) else []:
+            row.pop("seconds")
+        return rows
+    return path.read_bytes()
+
+
 def assert_equal_files(home, other):
-    """All files but what the clock writes into them."""
     paths = sorted(path.relative_to(home) for path in home.rglob("*") if path.is_file())
-    assert paths == sorted(p.relative_to(other) for p in other.rglob("*") if p.is_file())
+    assert paths == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
     assert len(paths) > 20
     for path in paths:
-        if path.name == "metrics.jsonl":
-            assert numbers(home / path.parent) == numbers(other / path.parent)
-        elif path.parent.name == "runs" or path.parts[:2] == ("runs", "search"):
-            continue
-        else:
-            assert (home / path).read_bytes() == (other / path).read_bytes(), path
+        assert without_clock(home / path) == without_clock(other / path), path
 
 
 # --------------------------------------------------------------------------------------------------
 # --prompt, --system, --step_end: what a model is really given.
+
+ASK = {"prompt": "Solve {question} now.", "system": "Be brief."}
+ASKED = "[system]Be brief.[user]Solve 1+2 now.[assistant]"
+PLAIN = "[user]1+2[assistant]"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A policy of bytes that writes what comes; one question in files of every kind."""
+    home = tmp_path_factory.mktemp("files")
+    save_random(str(home / "model"), TURNS)
+    write_rows(home / "problems.jsonl", [{"question": "1+2", "answer": "3"}] * 4)
+    other = {"prompt": "4+5"}  # for the hold-out, which cuts by question
+    rows = [{"prompt": "1+2"} | RIGHT, {"prompt": "1+2"} | WRONG, other | RIGHT, other | WRONG]
+    write_rows(home / "rows.jsonl", rows)
+    return home
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The questions, as text, that any model has read since: what stands before the response in the
+    rows that go through an embedding."""
+    forward, found = torch.nn.Embedding.forward, set()
+    tokenizer = data.byte_tokenizer()
+
+    def reading(embedding, ids):
+        for text in tokenizer.batch_decode(ids.tolist()):
+            question, mark, _ = text.partition("[assistant]")
+            if mark:
+                found.add(question.replace("<pad>", "").replace("4+5", "1+2") + mark)
+        return forward(embedding, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", reading)
+    return found
+
+
+SAMPLES = {"data": ("problems.jsonl",), "max_new_tokens": 3}
+TRAINS = {"max_length": 256, "steps": 1}
+TRAJECTORIES = TRAINS | {"data": ("rows.jsonl",), "batch_size": 2}
+ON_POLICY = TRAINS | SAMPLES | {"eval": ("problems.jsonl",), "group_size": 2, "prompts_per_step": 2}
+ASKING = [
+    (sft, TRAJECTORIES | {"max_new_tokens": 3}),
+    (tdrm, TRAJECTORIES),
+    (search, SAMPLES | {"prm": ("none",), "n": 2}),
+    (search, {"data": ("rows.jsonl",), "label_rollouts": 2, "max_new_tokens": 3}),
+    (rl, ON_POLICY | {"alpha": 1.0, "kl_coef": 0.1}),
+    (prime, ON_POLICY | {"accuracy": (0.0, 1.0)}),
+    (qrm, TRAJECTORIES | {"max_new_tokens": 3}),
+    (qrm, TRAJECTORIES | {"max_new_tokens": 3, "method": "DPO-RM"}),
+]
+
+
+@pytest.mark.parametrize("script, options", ASKING, ids=name_of)
+def test_what_a_model_is_asked(script, options, files, seen, tmp_path, monkeypatch):
+    """By every model of a chapter, in samples, training and evaluation; without the options, the
+    bare question."""
+    monkeypatch.chdir(files)
+    options = {"model": "model"} | options
+    if "answer" not in options and options.get("label_rollouts"):
+        rows = [json.loads(line) | {"answer": "3"} for line in open("rows.jsonl")]
+        write_rows(tmp_path / "answered.jsonl", rows)
+        options |= {"data": (str(tmp_path / "answered.jsonl"),)}
+    script.main(script.Config(**options, **ASK, out=str(tmp_path / "asked")), Processes())
+    assert seen == {ASKED}
+    saved = json.loads((tmp_path / "asked" / "config.json").read_text())
+    assert {name: saved[name] for name in ASK} == ASK
+    seen.clear()
+    script.main(script.Config(**options, out=str(tmp_path / "plain")), Processes())
+    assert seen == {PLAIN}
+
+
+def test_each_model_is_asked_in_its_own_way(files, seen, tmp_path, monkeypatch):
+    """A reward model's question is the one it was trained on, whatever the policy's."""
+    monkeypatch.chdir(files)
+    prm = {"prompt": "Rate {question}:"}
+    out = str(tmp_path / "prm")
+    tdrm.main(tdrm.Config(model="model", **TRAJECTORIES, **prm, out=out), Processes())
+    rated = "[user]Rate 1+2:[assistant]"
+    assert seen == {rated}
+    seen.clear()
+    tdrm.main(tdrm.Config(model=out + "/model", score="rows.jsonl"), Processes())
+    assert seen == {rated}
+    both = {"model": "model", "out": str(tmp_path / "run")} | ASK
+    seen.clear()
+    trees = {"prm": (out + "/model",), "n": 2, "beam": 2, "expand": (2,), "max_step_tokens": 3}
+    search.main(search.Config(**both, **SAMPLES, **trees), Processes())
+    assert seen == {rated, ASKED}
+    seen.clear()
+    both["out"] = str(tmp_path / "rl")
+    rl.main(rl.Config(**both, **ON_POLICY, prm=out + "/model"), Processes())
+    assert seen == {rated, ASKED}
+
+
+def test_the_pair_of_prime_knows_how_it_was_asked(files, seen, tmp_path, monkeypatch):
+    monkeypatch.chdir(files)
+    out = str(tmp_path / "run")
+    options = ON_POLICY | ASK | {"accuracy": (0.0, 1.0), "step_end": "line"}
+    prime.main(prime.Config(model="model", **options, out=out), Processes())
+    seen.clear()
+    tdrm.main(tdrm.Config(model=out + "/prm", score="rows.jsonl"), Processes())
+    assert seen == {ASKED}
+
+
+def test_a_prompt_without_a_question_is_refused(files, tmp_path):
+    with pytest.raises(BadInput, match="--prompt Solve: wanted a text with {question} in it"):
+        options = {"model": str(files / "model"), "data": (str(files / "problems.jsonl"),)}
+        out = str(tmp_path / "run")
+        search.main(search.Config(**options, prompt="Solve", prm=("none",), out=out), Processes())
+
+
+# A policy that writes "1", a line's end, "A:3" and its end; a blank line never.
+LINES = ["<assistant>", "1", "Ċ", "A", ":", "3", "<eos>"]
+
+
+@pytest.mark.parametrize("steps, wanted", [("line", ["1", "A:3"]), ("blank", ["1\nA:3"])])
+def test_steps_are_lines_or_blank_lines(steps, wanted, tmp_path, capsys):
+    model, tokenizer = spelled_out(LINES, EOS)
+    save_model(str(tmp_path / "policy"), model, tokenizer)
+    rows = [{"prompt": f"{i}+2", "response": "1\nA:3", "correct": i % 2 == 0} for i in range(4)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "problems.jsonl", [{"question": "1+2", "answer": "3"}])
+    files = {"model": str(tmp_path / "policy"), "step_end": steps}
+    more = {"data": (str(tmp_path / "rows.jsonl"),), "out": str(tmp_path / "prm")}
+    tdrm.main(tdrm.Config(**files, **more, **TRAINS), Processes())
+    saved = str(tmp_path / "prm" / "model")
+    if steps == "line":  # of a blank line there is nothing to say
+        about = json.loads((tmp_path / "prm" / "model" / "reward.json").read_text())
+        assert about["layout"]["steps"] == steps
+    more = {"data": (str(tmp_path / "problems.jsonl"),), "out": str(tmp_path / "search")}
+    trees = {"prm": (saved,), "n": 2, "beam": 2, "expand": (2,), "show": True}
+    capsys.readouterr()
+    search.main(search.Config(**files, **more, **trees, max_new_tokens=12), Processes())
+    shown = capsys.readouterr().out
+    assert ("depth 2" in shown) == (steps == "line")
+    with open(tmp_path / "search" / "samples.jsonl") as f:
+        found = [json.loads(line) for line in f]
+    assert [row["completions"] for row in found] == [wanted] * 2
+    assert [len(row["values"]["prm"]) for row in found] == [len(wanted)] * 2
+    policy = Policy(model, tokenizer, Layout(steps=steps))
+    cfg = rl.Config(model=str(tmp_path / "policy"), group_size=2, max_new_tokens=12)
+    rollouts = rl.roll_out(policy, [{"question": "1+2", "answer": "3"}], 0, cfg, Processes())
+    assert [r.completions for r in rollouts] == [wanted] * 2
+
+
+def test_a_trained_folder_reads_lines_without_being_told(tmp_path, capsys):
+    """--score by a model that was trained on lines."""
+    save_random(str(tmp_path / "model"), TURNS)
+    rows = [{"prompt": f"{i}", "response": "1\n2\nA:3", "correct": i % 2 == 0} for i in range(4)]
+    path, out = tmp_path / "rows.jsonl", tmp_path / "prm"
+    write_rows(path, rows)
+    files = {"model": str(tmp_path / "model"), "data": (str(path),), "out": str(out)}
+    tdrm.main(tdrm.Config(**files, **TRAINS, step_end="line"), Processes())
+    capsys.readouterr()
+    tdrm.main(tdrm.Config(model=str(out / "model"), score=str(path)), Processes())
+    lines = capsys.readouterr().out.splitlines()
+    values = [json.loads(line)["values"] for line in lines if line.startswith('{"source"')]
+    assert [len(row) for row in values] == [3] * 4

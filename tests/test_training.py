@@ -699,7 +699,7 @@ def test_equal_runs_write_equal_files(script, reference, home, tmp_path):
 def test_torchrun_stopped_by_a_signal(home, tmp_path):
     """SIGTERM goes to torchrun, as a scheduler sends it; every rank ends its step, and the run
     continues bitwise."""
-    more = {"steps": 150, "batch_size": 16, "save_every": 0, "eval_every": 0}
+    more = {"steps": 60, "batch_size": 16, "save_every": 0, "eval_every": 0}
     expected = tmp_path / "expected"
     out = tmp_path / "run"
     assert ranks(2, tmp_path, train, "sft", settings("sft", home, expected, **more)) == [0, 0]
@@ -719,9 +719,9 @@ def test_torchrun_stopped_by_a_signal(home, tmp_path):
     output = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and "--resume continues" in output, output
     stopped_at = metrics(out)[-1]["step"]
-    assert 5 <= stopped_at < 150
+    assert 5 <= stopped_at < 60
     assert os.listdir(out / "state") == [f"step_{stopped_at:08d}"]
     options = settings("sft", home, out, resume=True, **more)
     assert ranks(2, tmp_path, train, "sft", options) == [0, 0]
-    assert [row["step"] for row in metrics(out)] == list(range(1, 151))
+    assert [row["step"] for row in metrics(out)] == list(range(1, 61))
     assert_same_run(out, expected)
