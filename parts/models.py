@@ -23,7 +23,6 @@ STEP_ENDS = {
     "blank": "\n\n",
     "line": "\n",
 }  # what closes a step; the response's end closes the last
-FIXED_DATE = datetime.date(2024, 7, 26)  # where a chat template prints today's
 
 # --------------------------------------------------------------------------------------------------
 # Text to token ids.
@@ -86,15 +85,28 @@ def prompt_ids(tokenizer, turns):
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers append it
 
 
+class FixedClock(datetime.datetime):
+    """What a chat template that prints today's date is told: the same text every day."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2024, 7, 26)
+
+
 def render(tokenizer, messages, add_generation_prompt=True):
-    """The text that a chat template makes of messages; the same text every day."""
-    options = {"strftime_now": FIXED_DATE.strftime, "add_generation_prompt": add_generation_prompt}
+    """The text that a chat template makes of messages. Raises BadInput where it refuses them."""
+    from transformers.utils import chat_template_utils as library  # asks its datetime for today
+
+    clock, library.datetime = library.datetime, FixedClock
+    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # of jinja, which is not imported here
         roles = ", ".join(message["role"] for message in messages)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(f"the chat template refuses the turns {roles}: {reason}") from None
+    finally:
+        library.datetime = clock
 
 
 @functools.lru_cache(100_000)

@@ -9,17 +9,21 @@ values text is one.
 
 The kind stands in reward.json in the model's folder, with its numbers; without that file the folder
 is an ordinary token or sequence classifier with one label, read as a value. An implicit one has its
-reference in reference/.
+reference in reference/. Those that were trained elsewhere come last, and in parts/published.py.
 """
 
 import dataclasses
 import json
+import math
 import os
+import sys
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
+from parts import published
 from parts.formats import BadInput
 from parts.models import Layout, closing_id, encode_prompt, load_config, load_model, load_policy
 from parts.models import load_tokenizer, save_model, token_ids, token_logits
@@ -52,6 +56,7 @@ class RewardModel(torch.nn.Module):
         self.model, self.tokenizer, self.kind, self.reference = model, tokenizer, kind, reference
         self.scale, self.beta, self.temperature, self.layout = scale, beta, temperature, layout
         self.config, self.layers = model.config, model.config.num_hidden_layers
+        self.longest = getattr(model.config, "max_position_embeddings", None) or math.inf
         if reference is not None:
             reference.eval().requires_grad_(False)
             for i, layer in enumerate(reference.base_model.layers):
@@ -115,6 +120,12 @@ class RewardModel(torch.nn.Module):
         closing = [] if self.kind == "value" else [closing_id(self.tokenizer)]
         return list(token_ids(self.tokenizer, step)) + closing
 
+    def next_ids(self, steps, finished):
+        """What a search reads behind a prefix for the value of its newest step -> token ids; how
+        many of them stay there, before what is read next."""
+        ids = self.step_ids(steps[-1], finished)
+        return ids, len(ids)
+
     def values(self, last, total, count):
         """Logits of prefixes from the last token's number, the sum over the response's tokens and
         their count."""
@@ -131,8 +142,8 @@ class RewardModel(torch.nn.Module):
         return self.values(scores.gather(1, step_ends), totals, counts)
 
     def score_steps(self, examples, procs, rows_at_once=64):
-        """Values (probabilities) of all steps of data.Examples: a list of S floats each. Split over
-        the processes, known to all."""
+        """Values (probabilities) of all steps of data.Examples: a list of S floats each, an empty
+        one where the model's context is too short. Split over the processes, known to all."""
 
         def score(part):
             ids, mask, prompts, ends = pad_rows(part, self.tokenizer.pad_token_id, procs.device)
@@ -140,7 +151,13 @@ class RewardModel(torch.nn.Module):
             values = logits.sigmoid().tolist()
             return [row[: len(e.step_ends)] for row, e in zip(values, part)]
 
-        return self.quietly(over_rows, examples, score, procs, rows_at_once)
+        fit = [e for e in examples if len(e) <= self.longest]
+        values = iter(self.quietly(over_rows, fit, score, procs, rows_at_once))
+        return [next(values) if len(e) <= self.longest else [] for e in examples]
+
+    def tokens_read(self, example):
+        """How many tokens go through the model for the values of an Example."""
+        return len(example) if len(example) <= self.longest else 0
 
     def score_tokens(self, rows, procs, rows_at_once=64):
         """Numbers of the response's tokens, a float32 array for each row. Its `input_ids` are read
@@ -211,6 +228,7 @@ def load_classifier(name, dtype, seed=0, new=(), option="--model"):
     kind = (config.architectures or [""])[0]
     if "Reward" in kind or ("Classification" in kind and config.num_labels != 1):
         wanted = "a token or sequence classifier with one label, read as the logit of the value"
+        wanted += ", or, not to be trained, one with a description as in parts/published.json"
         what = f"a {kind} with {config.num_labels} labels"
         raise BadInput(f"{option} {name}: {what}; wanted: {wanted}")
     config.num_labels, config.classifier_dropout = 1, 0.0
@@ -223,26 +241,116 @@ def load_classifier(name, dtype, seed=0, new=(), option="--model"):
 def load_reward_model(name, dtype, device="cpu", option="--model"):
     """A finished reward model of any kind from its folder or name, frozen, in eval mode. Raises
     BadInput."""
-    path, about = os.path.join(name, "reward.json"), {}
     try:
-        if os.path.exists(path):
-            with open(path) as f:
-                about = json.load(f)
-        kind, layout = about.pop("kind", "value"), Layout(**about.pop("layout", {}))
-        numbers = {key: float(value) for key, value in about.items()}
-        if kind not in REDUCE or not numbers.keys() <= {"scale", "beta", "temperature"}:
-            raise ValueError
-        if kind == "implicit" and "beta" not in numbers:
-            raise ValueError
-        layout.step_end
+        about = published.read_description(name)
+        described, foreign = about.get("kind") in ("tag", "closing"), not about
+        if described:
+            description = published.describe(about)
+        else:
+            kind, layout = about.pop("kind", "value"), Layout(**about.pop("layout", {}))
+            other = str(about.pop("reference", os.path.join(name, "reference")))
+            numbers = {key: float(value) for key, value in about.items()}
+            if kind not in REDUCE or not numbers.keys() <= {"scale", "beta", "temperature"}:
+                raise ValueError
+            if kind == "implicit" and "beta" not in numbers:
+                raise ValueError
+            layout.step_end
     except (ValueError, TypeError, AttributeError, KeyError):
-        wanted = "'kind': value, orm, qrm with 'scale', or implicit with 'beta' and 'temperature'"
+        wanted = "'kind': value, orm, qrm with 'scale', implicit with 'beta' and 'temperature', or"
+        wanted += " tag or closing as in parts/published.json"
+        path = os.path.join(name, "reward.json")
         raise BadInput(f"{option}: {path} is damaged; wanted {wanted}") from None
     tokenizer, reference = load_tokenizer(name, option), None
+    if described:
+        model = published.load_published(name, description, tokenizer, dtype, option)
+        reward = Described(model, tokenizer, description)
+        return reward.to(device).eval().requires_grad_(False)
     if kind == "implicit":
         model = load_policy(name, dtype, option)
-        reference = load_policy(os.path.join(name, "reference"), dtype, option)
+        reference = load_policy(other, dtype, option)
     else:
         model = load_classifier(name, dtype, option=option)
+        if foreign:
+            say_how_it_is_read(name, model.config)
     reward = RewardModel(model, tokenizer, kind, reference, layout=layout, **numbers)
     return reward.to(device).eval().requires_grad_(False)
+
+
+def say_how_it_is_read(name, config):
+    """A line for a classifier that none of our scripts has written: nothing says how it was
+    trained."""
+    kind = (config.architectures or [""])[0]
+    ours = kind.endswith("TokenClassification") and not config.token_classification_bias
+    if not ours and not (dist.is_initialized() and dist.get_rank()):
+        how = "read at the last token of each step, as this project's own are"
+        print(f"{name}: no reward.json describes this {kind}: {how}", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reward models trained elsewhere: another spelling, the same methods.
+
+
+class Described(RewardModel):
+    """A reward model that is read as a Description (parts/published.py) says: the number at the end
+    of a step's tag, or of a closing text, is the logit of its value."""
+
+    def __init__(self, model, tokenizer, description):
+        layout = Layout(description.prompt, description.system or None)
+        super().__init__(model, tokenizer, description.kind, layout=layout)
+        self.description = published.fill_in(description, tokenizer)
+
+    def forward(self, input_ids, mask=None, **options):
+        """Two numbers a token are one: the logit of their softmax."""
+        options = {"use_cache": False} | options
+        scores = self.model(input_ids=input_ids, **options).logits.float()
+        return SimpleNamespace(logits=scores.diff() if scores.shape[-1] == 2 else scores)
+
+    def encode(self, prompt, steps, finished=True):
+        """As RewardModel's. Of the kind `closing` the ids are those of the whole response; the
+        prefixes before it are texts of their own."""
+        if not isinstance(prompt, str):  # the policy's system turn is no text for this model
+            prompt = [turn for turn in prompt if turn["role"] != "system"]
+        asked = self.layout.ask(prompt)
+        messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        input_ids = published.prompt_ids(self.description, self.tokenizer, messages)
+        prompt_length, step_ends = len(input_ids), []
+        for t, step in enumerate(steps):
+            input_ids += self.step_ids(step, last=t == len(steps) - 1, first=t == 0)
+            step_ends.append(len(input_ids) - 1)
+        return input_ids, prompt_length, step_ends
+
+    def step_ids(self, step, last=False, first=False):
+        return published.step_ids(self.description, self.tokenizer, step, first, last)
+
+    def next_ids(self, steps, finished):
+        """Behind a closing text that was taken away the step before is read again, as it is spelled
+        where another one follows: blank lines melt into the token before them."""
+        ids, before = self.step_ids(steps[-1], True, len(steps) == 1), []
+        if self.kind == "tag":
+            return ids, len(ids)
+        if len(steps) > 1:
+            before = self.step_ids(steps[-2], False, len(steps) == 2)
+        return before + ids, len(before)
+
+    def values(self, last, total, count):
+        return last
+
+    def score_steps(self, examples, procs, rows_at_once=64):
+        if self.kind == "tag":
+            return super().score_steps(examples, procs, rows_at_once)
+        rows = [row for e in examples for row in self.prefixes(e)]
+        values = iter(super().score_steps(rows, procs, rows_at_once))
+        found = [[next(values) for _ in e.step_ends] for e in examples]
+        return [[v for (v,) in row] if all(row) else [] for row in found]
+
+    def prefixes(self, example):
+        """An Example for each prefix, closed."""
+        starts, rows = [example.prompt_length, *[end + 1 for end in example.step_ends]], []
+        for t, step in enumerate(example.completions):
+            ids = example.input_ids[: starts[t]] + self.step_ids(step, True, t == 0)
+            rows.append(dataclasses.replace(example, input_ids=ids, step_ends=[len(ids) - 1]))
+        return rows
+
+    def tokens_read(self, example):
+        rows = [example] if self.kind == "tag" else self.prefixes(example)
+        return sum(super(Described, self).tokens_read(row) for row in rows)
