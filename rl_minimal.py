@@ -217,6 +217,8 @@ def main(cfg, procs):
                 rewards = blended_rewards(correct, process, cfg.alpha)
                 auroc = tdrm.auroc(process, correct > 0.5)
                 more = {"prm": process.mean().item(), "prm_auroc": auroc}
+                if not all(values):
+                    more["prm_too_long"] = values.count([]) / len(values)
             advantages = group_advantages(rewards, cfg.group_size, cfg.estimator)
             for r, advantage in zip(rollouts, advantages.tolist()):
                 r.advantages = np.full(len(r.old_logprobs), advantage, dtype=np.float32)
@@ -284,12 +286,13 @@ def encode_for(prm, rollouts):
 
 
 def before_answer(values, examples):
-    """V(s_T-1) of each rollout, (N,): of the state before the step that holds the answer; a response
-    that begins with the answer has only that one."""
+    """V(s_T-1) of each rollout, (N,): of the state before the step that holds the answer; a
+    response that begins with the answer has only that one. 0 where the reward model's context is
+    too short."""
     picked = []
     for v, e in zip(values, examples):
         T = answer_step(e.completions)  # counted from 0
-        picked.append(v[max(0, T - 1)])
+        picked.append(v[max(0, T - 1)] if v else 0.0)
     return torch.tensor(picked)
 
 
@@ -422,6 +425,11 @@ def load_prm(cfg, level, dtype, procs, checkpoint, tokenizer):
     if checkpoint and cfg.prm_lr:
         name = os.path.join(checkpoint, "prm")
     prm = load_reward_model(name, dtype, procs.device, "--prm")
+    if cfg.max_length > prm.longest:
+        what = f"the reward model {name} takes at most {prm.longest} tokens"
+        raise BadInput(f"--max_length {cfg.max_length}: {what}")
+    if cfg.credit == "token" and prm.kind in ("tag", "closing"):
+        raise BadInput(f"--credit token: {name} has values of steps, and no numbers of tokens")
     if cfg.credit == "token" and prm.tokenizer.get_vocab() != tokenizer.get_vocab():
         why = f"its tokenizer is not the policy's ({cfg.model})"
         raise BadInput(f"--prm {name}: {why}; it has to score the policy's own tokens")

@@ -102,7 +102,9 @@ class Beam:
     count: int = 0
     finished: bool = False
     row: int = 0  # in the policy's cache; of a candidate not yet kept: its number among the samples
-    prm_row: int = 0  # in the reward model's cache
+    prm_row: int = 0  # in the reward model's cache, of which the first `prm_slots` slots go on
+    prm_slots: int = 2**31
+    too_long: bool = False  # for the reward model, which has not read it: its value is 0
 
 
 @torch.no_grad()
@@ -124,7 +126,7 @@ def tree_search(
     trace=None,
 ):
     """Grow each prompt's response step by step -> (best Beam of each prompt, Counter of tokens
-    "generated" and "scored").
+    "generated", "scored" and candidates "too_long").
 
     Greedy search: keep 1; beam search: keep k; dvts: keep 1 in each of k `subtrees`. At the root
     keep * expand steps are sampled. All prompts advance together, one depth at a time. A list
@@ -140,7 +142,8 @@ def tree_search(
     # policy's.
     encoded = [encode_prompt(tokenizer, layout.ask(prompt)) for prompt in prompts]
     cache, ids, mask = prompt_cache(encoded, device, len(groups) * keep * expand, room)
-    encoded = [prm.encode(prompt, [])[0] for prompt in prompts]
+    limit = longest_context(prm.config)
+    encoded = [prm.encode(prompt, [])[0][:limit] for prompt in prompts]
     prm_cache, prm_ids, prm_mask = prompt_cache(encoded, device)
     feed(prm, prm_cache, prm_ids, prm_mask)
     count["scored"] += int(prm_mask.sum())
@@ -164,6 +167,7 @@ def tree_search(
         candidates = distinct_candidates(parents, tokens, texts, ends)
         prm_cache, scored = score_candidates(prm, prm_cache, parents, candidates, device)
         count["scored"] += scored
+        count["too_long"] += sum(beam.too_long for beam in candidates)
 
         # 3) Keep the best of each group; finished responses stay candidates.
         by_group, live = defaultdict(list), []
@@ -213,22 +217,30 @@ def distinct_candidates(parents, tokens, texts, ends):
 def score_candidates(prm, cache, parents, candidates, device):
     """Read each candidate's new step behind its parent's row and set its value -> the reward
     model's new cache, a row a candidate; tokens scored."""
-    steps, before = [], []
+    rows, slots, new = [], [], []
     for row, beam in enumerate(candidates):
         parent = parents[beam.row]
-        before.append(parent.prm_row)
+        rows.append(parent.prm_row)
+        slots.append(parent.prm_slots)
         beam.prm_row = row
         is_new = len(beam.steps) > len(parent.steps)
-        steps.append(prm.step_ids(beam.steps[-1], beam.finished) if is_new else [])
-    ids, mask = pad(steps, "right", device)
-    cache = cache.select(torch.tensor(before, device=device), ids.shape[1])
+        new.append(prm.next_ids(beam.steps, beam.finished) if is_new else ([], 0))
+    rows, slots = torch.tensor(rows, device=device), torch.tensor(slots, device=device)
+    cache = cache.select(rows, max(len(ids) for ids, _ in new), slots)
+    limit = longest_context(prm.config)
+    for row, (beam, length) in enumerate(zip(candidates, cache.position.tolist())):
+        beam.too_long |= length + len(new[row][0]) > limit
+        if beam.too_long:
+            new[row], beam.value = ([], 0), 0.0
+    ids, mask = pad([ids for ids, _ in new], "right", device)
+    start, new_tokens = cache.used, mask.sum(1)
     scores = feed(prm, cache, ids, mask).logits[..., 0]  # (candidates, tokens)
-    new_tokens = mask.sum(1)
     last = scores.gather(1, (new_tokens[:, None] - 1).clamp(min=0))[:, 0].tolist()
     totals = (scores * mask).sum(1).tolist()
-    for beam, number, total, more in zip(candidates, last, totals, new_tokens.tolist()):
-        if more:
-            beam.total, beam.count = beam.total + total, beam.count + more
+    for beam, number, total, (ids, stay) in zip(candidates, last, totals, new):
+        beam.prm_slots = start + stay
+        if ids:
+            beam.total, beam.count = beam.total + total, beam.count + len(ids)
             logit = prm.values(number, beam.total, beam.count)
             beam.value = 0.5 + 0.5 * math.tanh(0.5 * logit)  # the sigmoid, without overflow
     return cache, int(mask.sum())
@@ -320,6 +332,9 @@ def main(cfg, procs):
         print_table(rows, len(records))
         print(f"{left_out} problems left out; {time.time() - start:.0f} s")
         summary = {"problems": len(records), "left_out": left_out}
+        summary["too_long"] = count_too_long(records)
+        for method, number in summary["too_long"].items():
+            print(f"{method}: {number} texts were too long for the reward model, and have no value")
         summary["empty_responses"] = write_samples(cfg, problems, records)
         write_json(os.path.join(cfg.out, "summary.json"), summary | {"rows": rows})
         if cfg.show and prms:
@@ -344,7 +359,7 @@ def search_problems(cfg, problems, keys, policy, prms, procs):
     questions, layout = [p["question"] for p in problems], layout_of(cfg)
     asked = [layout.ask(question) for question in questions]
     sampling = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "keys": keys}
-    parts = ("values", "generated", "scored", "seconds", "tree")
+    parts = ("values", "generated", "scored", "too_long", "seconds", "tree")
     records = [{"index": i} | {part: {} for part in parts} for i in keys]
 
     def timed(name, function, *args, **kwargs):
@@ -377,6 +392,9 @@ def search_problems(cfg, problems, keys, policy, prms, procs):
         )
         for record, v, t in zip(records, values, tokens):
             record["values"][name], record["scored"][name] = v, t
+        for record, mine in zip(records, samples):
+            read = [not s.text.strip() or bool(v) for s, v in zip(mine, record["values"][name])]
+            record["too_long"][name] = read.count(False)
         for title, *numbers in trees(cfg):
             method = f"{title}, {name}"
             options = sampling | {"temperature": cfg.temperature}
@@ -387,7 +405,7 @@ def search_problems(cfg, problems, keys, policy, prms, procs):
                 text = tokenizer.decode(beam.token_ids, skip_special_tokens=True)
                 right = is_right(cfg, text, problem)
                 record["tree"][method] = {"right": right, "value": beam.value}
-                for kind in ("generated", "scored"):
+                for kind in ("generated", "scored", "too_long"):
                     record[kind][method] = count[kind] / len(records)
     return records
 
@@ -404,9 +422,9 @@ def score_responses(prm, prompts, responses, layout, device):
         for text, finished in mine:
             steps = split_steps(text, layout.step_end)
             if steps and (i, text) not in examples:
-                ids = prm.encode(prompt, steps, finished)
-                examples[i, text] = data.Example(prompt, steps, *ids)
-                tokens[i] += len(ids[0])
+                example = data.Example(prompt, steps, *prm.encode(prompt, steps, finished))
+                examples[i, text] = example
+                tokens[i] += prm.tokens_read(example)
     alone = Processes(device=device)  # each process has its own problems
     values = dict(zip(examples, prm.score_steps(list(examples.values()), alone)))
     found = [[values.get((i, t), []) for t, _ in mine] for i, mine in enumerate(responses)]
@@ -524,6 +542,14 @@ def table(cfg, records):
         costs = [part(kind, method) for kind in ("generated", "scored", "seconds")]
         add(method, 1, [r["tree"][method]["right"] for r in records], *costs)
     return rows
+
+
+def count_too_long(records):
+    """{method: number of texts that its reward model could not read}, where there are any."""
+    total = Counter()
+    for record in records:
+        total.update(record["too_long"])
+    return {method: round(number) for method, number in total.items() if round(number)}
 
 
 def print_table(rows, count):

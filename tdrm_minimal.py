@@ -38,6 +38,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -250,18 +251,28 @@ def load_data(cfg, level, encode):
 
 def score_file(cfg, procs):
     """`--score FILE`: every trajectory's step values, one JSON line a row in the file's order, to
-    standard output; null for one that is longer than --max_length."""
+    standard output; null for one that is longer than --max_length or the model's own context. Then
+    the measures of those that have what it takes, beside it."""
     rows = read_trajectories(cfg.score, layout_of(cfg).step_end, outcome=False)
     rows = itertools.chain([next(rows)], rows)  # a mistake in the file shows before a model loads
     name = cfg.model or os.path.join(default_out(cfg.method), "model")
     reward = load_reward_model(name, torch_dtype(cfg, procs.device), procs.device)
+    scored, count = [], 0  # (example, its values)
     while chunk := list(itertools.islice(rows, 64 * procs.world)):
         examples = [data.encode_rows([row], reward.encode, math.inf)[0][0] for row in chunk]
         fit = [e for e in examples if len(e) <= cfg.max_length]
         values = dict(zip(map(id, fit), reward.score_steps(fit, procs)))
         for e in examples if procs.rank == 0 else ():
-            rounded = [round(v, 6) for v in values[id(e)]] if id(e) in values else None
+            found = values.get(id(e))
+            rounded = [round(v, 6) for v in found] if found else None
             print(json.dumps({"source": e.source, "correct": e.correct, "values": rounded}))
+            count += 1
+            if found:
+                scored.append((replace(e, input_ids=[]), found))
+    if procs.rank == 0 and scored:
+        examples, values = zip(*scored)
+        title = f"{name} on {len(scored)} solutions ({count - len(scored)} too long)"
+        print_table(title, evaluate(cfg, values, examples), file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -383,11 +394,11 @@ MEASURES = {
 }
 
 
-def print_table(title, measures, names=MEASURES):
-    print(f"\n{title}")
+def print_table(title, measures, names=MEASURES, file=None):
+    print(f"\n{title}", file=file)
     for key, name in names.items():
         if measures.get(key) is not None:
-            print(f"  {name:<46} {measures[key]:.3f}")
+            print(f"  {name:<46} {measures[key]:.3f}", file=file)
 
 
 def error_place(e):

@@ -44,7 +44,7 @@ class Description:
     # How it becomes tokens.
     alone: bool = False  # steps and tags are each tokenised by themselves
     lines: bool = False  # every line of a step is closed as a step is
-    twice: bool = False  # a chat's text is tokenised like bare text: a second BOS
+    twice: bool = False  # a chat's text, tokenised as bare text is: BOS twice
     # The head: two rows of the language model's, or `labels` numbers a token from layers `weights`.
     good: str = ""  # the row is that of the text's last token
     bad: str = ""
@@ -96,17 +96,19 @@ def fill_in(description, tokenizer):
 
 def prompt_ids(description, tokenizer, messages):
     """Token ids of everything before the first step."""
-    if not description.chat:
-        text = "\n\n".join(message["content"] for message in messages)
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        return bos + tokenizer(text, add_special_tokens=False)["input_ids"]
+    text = "\n\n".join(message["content"] for message in messages)
     if description.turns:
         *before, last = messages
         messages = [*before, last | {"content": last["content"] + MARK}]
-    else:  # not the template's own generation prompt: that may open a thought
+    elif description.chat:  # the template's own generation prompt may open a thought
         messages = [*messages, {"role": "assistant", "content": MARK}]
-    text = render(tokenizer, messages, False).rpartition(MARK)[0]
-    return list(tokenizer(text, add_special_tokens=description.twice)["input_ids"])
+    if description.chat:
+        text = render(tokenizer, messages, False).rpartition(MARK)[0]
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    has_bos = tokenizer.bos_token_id is not None
+    if has_bos and (description.twice or not description.chat):
+        ids.insert(0, tokenizer.bos_token_id)
+    return ids
 
 
 def step_ids(description, tokenizer, step, is_first, is_last):
@@ -131,6 +133,8 @@ def load_published(name, description, tokenizer, dtype, option):
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
     config = load_config(name, option)
+    if description.chat and not tokenizer.chat_template:
+        raise BadInput(f"{option} {name}: it reads chats, and its tokenizer has no chat template")
     if description.good:
         model = load_model(AutoModelForCausalLM, name, dtype, config, option=option)
         texts = description.bad, description.good
@@ -158,8 +162,9 @@ def load_published(name, description, tokenizer, dtype, option):
                 self.post_init()
 
     config.num_labels, config.classifier_dropout = labels, 0.0
+    architecture = (config.architectures or [""])[0]
+    config.token_classification_bias = not architecture.endswith("ForSequenceClassification")
     renamed = {f"^{description.weights}": "score"}
     load = functools.partial(Headed.from_pretrained, key_mapping=renamed)
-    # A head without a bias is one whose bias is 0.
-    new = ("score.bias",)
+    new = ("score.bias",)  # where there is none it is 0
     return load_model(SimpleNamespace(from_pretrained=load), name, dtype, config, new, option)

@@ -243,18 +243,11 @@ def load_reward_model(name, dtype, device="cpu", option="--model"):
     BadInput."""
     try:
         about = published.read_description(name)
-        described, foreign = about.get("kind") in ("tag", "closing"), not about
+        foreign, described = not about, about.get("kind") in ("tag", "closing")
         if described:
             description = published.describe(about)
         else:
-            kind, layout = about.pop("kind", "value"), Layout(**about.pop("layout", {}))
-            other = str(about.pop("reference", os.path.join(name, "reference")))
-            numbers = {key: float(value) for key, value in about.items()}
-            if kind not in REDUCE or not numbers.keys() <= {"scale", "beta", "temperature"}:
-                raise ValueError
-            if kind == "implicit" and "beta" not in numbers:
-                raise ValueError
-            layout.step_end
+            kind, layout, numbers, other = read_kind(name, about)
     except (ValueError, TypeError, AttributeError, KeyError):
         wanted = "'kind': value, orm, qrm with 'scale', implicit with 'beta' and 'temperature', or"
         wanted += " tag or closing as in parts/published.json"
@@ -264,23 +257,37 @@ def load_reward_model(name, dtype, device="cpu", option="--model"):
     if described:
         model = published.load_published(name, description, tokenizer, dtype, option)
         reward = Described(model, tokenizer, description)
-        return reward.to(device).eval().requires_grad_(False)
-    if kind == "implicit":
-        model = load_policy(name, dtype, option)
-        reference = load_policy(other, dtype, option)
     else:
-        model = load_classifier(name, dtype, option=option)
+        if kind == "implicit":
+            model = load_policy(name, dtype, option)
+            reference = load_policy(other, dtype, option)
+        else:
+            model = load_classifier(name, dtype, option=option)
         if foreign:
             say_how_it_is_read(name, model.config)
-    reward = RewardModel(model, tokenizer, kind, reference, layout=layout, **numbers)
+        reward = RewardModel(model, tokenizer, kind, reference, layout=layout, **numbers)
     return reward.to(device).eval().requires_grad_(False)
+
+
+def read_kind(name, about):
+    """What reward.json says of a kind of ours -> kind, layout, numbers, name of the reference.
+    Raises ValueError and its kin."""
+    kind, layout = about.pop("kind", "value"), Layout(**about.pop("layout", {}))
+    reference = about.pop("reference", os.path.join(name, "reference"))
+    numbers = {key: float(value) for key, value in about.items()}
+    known = kind in REDUCE and numbers.keys() <= {"scale", "beta", "temperature"}
+    known = known and isinstance(reference, str) and layout.step_end
+    if not known or (kind == "implicit" and "beta" not in numbers):
+        raise ValueError
+    return kind, layout, numbers, reference
 
 
 def say_how_it_is_read(name, config):
     """A line for a classifier that none of our scripts has written: nothing says how it was
     trained."""
     kind = (config.architectures or [""])[0]
-    ours = kind.endswith("TokenClassification") and not config.token_classification_bias
+    bias = getattr(config, "token_classification_bias", True)  # ours have none
+    ours = kind.endswith("TokenClassification") and not bias
     if not ours and not (dist.is_initialized() and dist.get_rank()):
         how = "read at the last token of each step, as this project's own are"
         print(f"{name}: no reward.json describes this {kind}: {how}", file=sys.stderr)
@@ -339,16 +346,19 @@ class Described(RewardModel):
         if self.kind == "tag":
             return super().score_steps(examples, procs, rows_at_once)
         rows = [row for e in examples for row in self.prefixes(e)]
-        values = iter(super().score_steps(rows, procs, rows_at_once))
-        found = [[next(values) for _ in e.step_ends] for e in examples]
-        return [[v for (v,) in row] if all(row) else [] for row in found]
+        values, found = iter(super().score_steps(rows, procs, rows_at_once)), []
+        for e in examples:
+            mine = [next(values) for _ in e.step_ends]  # one value each, or none
+            found.append([value[0] for value in mine] if all(mine) else [])
+        return found
 
     def prefixes(self, example):
         """An Example for each prefix, closed."""
-        starts, rows = [example.prompt_length, *[end + 1 for end in example.step_ends]], []
-        for t, step in enumerate(example.completions):
-            ids = example.input_ids[: starts[t]] + self.step_ids(step, True, t == 0)
+        rows, start = [], example.prompt_length
+        for t, (step, end) in enumerate(zip(example.completions, example.step_ends)):
+            ids = example.input_ids[:start] + self.step_ids(step, True, t == 0)
             rows.append(dataclasses.replace(example, input_ids=ids, step_ends=[len(ids) - 1]))
+            start = end + 1
         return rows
 
     def tokens_read(self, example):

@@ -1,32 +1,33 @@
 """Speed, measured side by side. `python study/bench.py` lists the parts; `... PART` runs one.
 
-Two sides run in turn, A B A B ..., because a machine drifts by ten percent within minutes; the ratio
-is taken within each pair: median (smallest to largest). A ratio far from what counting tokens predicts
-wants an explanation. Close other programs first: a thread that has to wait for its core holds up all
-the others.
+Two sides run in turn, A B A B ..., because a machine drifts by ten percent within minutes; the
+ratio is taken within each pair: median (smallest to largest). A ratio far from what counting
+tokens predicts wants an explanation. Close other programs first: a thread that has to wait for its
+core holds up all the others.
 
-tdrm: trajectories a second in the loop of tdrm_minimal.main, fp32 on the CPU, random weights, against
+tdrm: trajectories a second in the loop of tdrm_minimal.main, fp32 on the CPU, random weights,
+  against
   - the published algorithm: each transition (s_t, s_t+1) is a row of its own and all rows are
-    shuffled. A row takes a forward with gradient over s_t and one without over s_t+1 (a last state is
-    spared that), in padded micro-batches of 16, as many rows to an optimizer step as our batch has
-    states;
+    shuffled. A row takes a forward with gradient over s_t and one without over s_t+1 (a last
+    state is spared that), in padded micro-batches of 16, as many rows to an optimizer step as our
+    batch has states;
   - TRL's PRMTrainer, if a trl that has it (up to 1.13) is installed: same tokens, batch size and
     AdamW, no checkpointing, saving, logging or evaluation; timed between two optimizer steps, so
-    without its setup. It takes rows in random order, we batch rows of like length: "in random order"
-    leaves out what that wins.
-  Workloads: toy, the built-in policy and task; long, 60 + 16 x 24 tokens, hidden size 256, 4 layers.
+    without its setup. It takes rows in random order, we batch rows of like length: "in random
+    order" leaves out what that wins.
+  Workloads: toy, the built-in policy and task; long, 60 + 16 x 24 tokens, 4 layers of 256.
 search: problems a second of tree_search against published call structure (a `generate` per kept
   prefix, a reward-model forward over the whole prefix per candidate), same settings; responses a
-  second of sample() against `generate`, also on responses of very different lengths, where padding is
-  what dropping rows saves: of a policy that answers short and long questions, and random texts, of
-  which no two agree for long: in the built-in policy, where the calls of many small operations take
-  the time, and in one where arithmetic does.
-rl: a GRPO step on verifiable rewards, sampling and update, against TRL's GRPOTrainer if there is one.
+  second of sample() against `generate`, also on responses of very different lengths, where
+  padding is what dropping rows saves: of a policy that answers short and long questions, and
+  random texts, of which no two agree for long: in the built-in policy, where the calls of many
+  small operations take the time, and in one where arithmetic does.
+rl: a GRPO step on verifiable rewards, sampling and update, against TRL's GRPOTrainer if installed.
 gpu: TDRM and RL steps of a random 7B shape, also against parts/estimate.py.
 
 "of peak": the work a step cannot do without over what the same threads reach in a large matrix
-product. For T tokens that is 6 x (weights in linear layers) x T + 6 x layers x hidden x T^2 (half of
-the attention matrix).
+product. For T tokens that is 6 x (weights in linear layers) x T + 6 x layers x hidden x T^2 (half
+of the attention matrix).
 """
 
 import argparse
@@ -61,7 +62,7 @@ import tdrm_minimal as tdrm  # noqa: E402
 from parts import estimate  # noqa: E402
 from parts.decoding import sample  # noqa: E402
 from parts.models import (
-    STEP_END,
+    STEP_ENDS,
     encode_prompt,
     load_policy,
     load_tokenizer,
@@ -77,7 +78,7 @@ MICRO = 16  # rows in one forward of the published algorithm
 
 
 def compare(title, expected, ours, other, pairs):
-    """Call two functions that return a speed in turn and print what came out -> the median of ours."""
+    """Call two functions that return a speed in turn, print what came out -> the median of ours."""
     speeds = [(ours(), other()) for _ in range(pairs)]
     a, b = map(median, zip(*speeds))
     ratios = [x / y for x, y in speeds]
@@ -139,7 +140,7 @@ TRL = {
 
 
 class Work:
-    """Examples, and folders with a policy and a reward model of random weights that all start from."""
+    """Examples; folders with a policy and a reward model of random weights that all start from."""
 
     def __init__(self, folder, policy, examples, sizes):
         self.policy, self.reward, self.folder = folder + "/policy", folder + "/reward", folder
@@ -234,7 +235,7 @@ def ours(work, order, compiled=False):
 
 
 def transitions(work, examples):
-    """Rows (ids of s_t, ids of s_t+1, reward, outcome); no s_t+1, None, where s_t is a last state."""
+    """Rows (ids of s_t, ids of s_t+1, reward, outcome); None for s_t+1 where s_t is the last."""
     rows = []
     for e in examples:
         labels = torch.tensor([e.labels])
@@ -372,13 +373,13 @@ def largest_difference(work):
 
 
 def naive_beam_search(model, prm, tokenizer, problem, keep, expand, max_depth=12):
-    """Beam search as published code calls it: one `generate` per kept prefix, one reward-model forward
-    over the whole prefix per candidate, one problem at a time. The built-in tokenizer closes a step
-    with one token."""
+    """Beam search as published code calls it: one `generate` per kept prefix, one reward-model
+    forward over the whole prefix per candidate, one problem at a time. The built-in tokenizer
+    closes a step with one token."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": 64}
     options |= {
-        "eos_token_id": [eos, tokenizer.convert_tokens_to_ids(STEP_END)],
+        "eos_token_id": [eos, tokenizer.convert_tokens_to_ids(STEP_ENDS["blank"])],
         "pad_token_id": pad,
     }
     prompt = encode_prompt(tokenizer, problem["question"])
@@ -685,7 +686,7 @@ class Shape:
 
 
 def part_gpu(args):
-    """TDRM and RL steps of a random 7B shape: tokens a second, FLOPs, memory against the estimate."""
+    """TDRM and RL steps of a random 7B shape: tokens a second, FLOPs, memory and its estimate."""
     shape = Shape(args.quick)
     gpu_tdrm(shape, args)
     gpu_rl(shape, args)
@@ -776,9 +777,9 @@ def part_startup(args):
         }
         rows = [{name: side() for name, side in sides.items()} for _ in range(args.repeats)]
     for name in sides:
-        low, *_, high = numbers = sorted(row[name] for row in rows + rows)
+        numbers = sorted(row[name] for row in rows)
         what = "s to the first step" if "minimal" in name else "s"
-        print(f"{name:<20} {median(numbers):5.1f} {what} ({low:.1f}-{high:.1f})")
+        print(f"{name:<20} {median(numbers):5.1f} {what} ({numbers[0]:.1f}-{numbers[-1]:.1f})")
 
 
 def seconds_of_python(code):

@@ -1,7 +1,8 @@
 """Figures of the study as small SVG files that follow the reader's light or dark page.
 
-A method has one colour in all of them; a dashed or dotted line is the same method otherwise used. No
-figure has more than four curves: the tables have every row."""
+A method has one colour in all of them; a dashed or dotted line is the same method otherwise used.
+No figure has more than four curves: the tables have every row.
+"""
 
 import math
 import os

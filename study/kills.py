@@ -2,9 +2,9 @@
 
 Every training script runs on two processes, started as torchrun starts them but with their imports
 done, so that kills hit the run and not its start. At a random moment both are killed, and the same
-command with --resume goes on, until the script's share of kills is spent; then it may end. Its final
-weights must be bitwise those of a run that nobody disturbed, and at no time may a checkpoint be lost:
-what a resumed run starts from is at least as far as the last one that was complete before.
+command with --resume goes on, until the script's share of kills is spent; then it may end. Its
+final weights must be bitwise those of a run that nobody disturbed, and at no time may a checkpoint
+be lost: what a resumed run starts from is at least as far as the last one that was complete.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def weights(place):
 
 
 def campaign(context, name, kills, folder, rng):
-    """-> kills that hit a running script, runs. AssertionError where one did not come out the same."""
+    """-> kills that hit a running script, runs. AssertionError where one came out different."""
 
     def tail(out):
         with open(f"{folder}/{out}.log") as f:

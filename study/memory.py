@@ -1,18 +1,17 @@
 """What a training step really holds, beside what parts/estimate.py says: `python study/memory.py`.
 
-Each setting is two optimizer steps of the project's own functions on CPU processes of their own, on a
-Qwen2.5-0.5B shape with random weights, fewer layers and, mostly, fewer words. Bytes are counted where
-they are allocated (the profiler's allocator events), so a tensor counts as long as it lives; what
-Python, gloo and the matrix library take is not in it. `python study/memory.py NAME...`: only these.
+Each setting is two optimizer steps of the project's own functions on CPU processes of their own, on
+a Qwen2.5-0.5B shape with random weights, fewer layers and, mostly, fewer words. Bytes are counted
+where they are allocated (the profiler's allocator events), so a tensor counts as long as it lives;
+what Python, gloo and the matrix library take is not in it. Names of settings: only these.
 """
 
-import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from types import SimpleNamespace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -77,8 +76,10 @@ def options_of(s):
     return estimate.options(s.kind)(**sizes)
 
 
-def work(s):
+def work(s, rank, port):
     """A process of a setting -> {"peak": bytes, "held": bytes between steps, "parameters"}."""
+    os.environ |= {"WORLD_SIZE": str(s.world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
 
     from parts.runs import join_processes
@@ -117,9 +118,7 @@ def two_steps(s, cfg, procs):
     def ids(n):
         return random.integers(2, s.vocab, n).tolist()
 
-    tokenizer = SimpleNamespace(
-        pad_token_id=0, eos_token_id=-1, batch_decode=lambda rows, **_: rows
-    )
+    tokenizer = data.builtin_tokenizer()
     if s.kind == "tdrm":
         module = RewardModel(new(AutoModelForTokenClassification), tokenizer)
     else:
@@ -150,7 +149,7 @@ def two_steps(s, cfg, procs):
 
 
 def rl_step(learner, prm, questions, ends, cfg, procs):
-    """Sample without an end, score, update."""
+    """Sample (hardly ever an end among so many words), score, update."""
     import numpy as np
 
     import rl_minimal as rl
@@ -178,20 +177,10 @@ def measure(s):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"WORLD_SIZE": str(s.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, os.path.abspath(__file__), "--work", json.dumps(asdict(s))]
-    pipes, started = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}, []
-    for rank in range(s.world):
-        who = {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        started.append(subprocess.Popen(command, env=os.environ | place | who, **pipes))
-    try:
-        outputs = [process.communicate(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    if any(process.returncode for process in started):
-        raise RuntimeError(outputs[0][1][-2000:])
-    results = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rl_minimal", "transformers.models.qwen2.modeling_qwen2"])
+    with ProcessPoolExecutor(s.world, context, max_tasks_per_child=1) as pool:
+        results = list(pool.map(work, [s] * s.world, range(s.world), [port] * s.world))
     return max(results, key=lambda result: result["peak"])
 
 
@@ -224,7 +213,4 @@ def main(names):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--work"]:
-        print(json.dumps(work(Setting(**json.loads(sys.argv[2])))), flush=True)
-    else:
-        main(sys.argv[1:])
+    main(sys.argv[1:])

@@ -1,9 +1,9 @@
-"""Which of the three papers' claims hold in miniature? `python study/study.py [PART ...] [--quick]`.
+"""Which of the three papers' claims hold in miniature? `python study/study.py [PART ...]`.
 
     tdrm         ScalarORM, ScalarPRM, TDRM on held-out solutions: smoothness, calibration, AUROC
     search       greedy search and best-of-n on 1000 held-out problems with those reward models
     sweep        what a TDRM and a ScalarPRM depend on: targets, label noise, whose solutions
-    budget       search accuracy against the tokens spent on training data, every kind of reward model
+    budget       search accuracy against the tokens spent on data, for every kind of reward model
     rl           rule-only, blended and PRM-only rewards on the hard level
     prime        PRIME against outcomes only, its design choices, and controls, on the hard level
     prime-again  the row of it that won, under five other seeds (+)
@@ -29,6 +29,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import sys
 import zlib
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Study:
                 raise
 
     def choose(self, settings):
-        """Of the settings {row: options} those to run now; of a quick study the first and the last."""
+        """Of the settings {row: options} those to run; in a quick study the first and the last."""
         names = list(settings)
         if self.quick:
             names = [names[0], names[-1]]
@@ -156,7 +157,7 @@ class Study:
         return self.rows_file("held-out", make)
 
     def search(self, name, folders, n, level="builtin"):
-        """One search run a seed over its reward models {key: folder}: greedy search at b = 8 and `n`
+        """One search run a seed over its reward models {key: folder}: greedy search at b = 8, `n`
         samples -> for each seed {(method, key, samples): accuracy}."""
         size = ["--problems", 4, "--n", 4] if self.quick else ["--problems", 500, "--n", n]
         base = ["search_minimal.py", "--model", self.policy(level), "--data", level]
@@ -369,8 +370,8 @@ LEARNERS = {  # what is bought, which script learns from it
 
 def spend(budget, kind, seed):
     """Solutions bought with `budget` tokens -> rows. Of "outcomes" a row costs its own tokens; of
-    "steps", also those of the 4 rollouts from each of its prefixes. Every token of a built-in step is
-    one character, its blank line one more; \\boxed{ is one token."""
+    "steps", also those of the 4 rollouts from each of its prefixes. Every token of a built-in step
+    is one character, its blank line one more; \\boxed{ is one token."""
     samples, rollouts = (8, 0) if kind == "outcomes" else (4, 4)
     spent, rows = 0, []
     for problem in data.make_problems(40_000, "train", seed):
@@ -582,7 +583,7 @@ def prime_again(study):
 
 
 def short_runs(study):
-    """PRIME on the default level, where responses have half as many steps -> {(name, seed): folder}."""
+    """PRIME on the default level, of half as many steps -> {(name, seed): folder}."""
     size = TINY if study.quick else ["--steps", 100, "--eval_every", 10, *COMMON]
     base = ["prime_minimal.py", "--model", study.policy(), *size, *SOME]
     outs, first, later = {}, {}, {}
@@ -713,6 +714,8 @@ def main():
     args = options()
     place, seeds = ("runs/quick", 1) if args.quick else ("runs/study", args.seeds)
     study = Study(place, seeds, args.jobs, args.more or args.quick, args.quick, args.rows)
+    if args.quick:
+        shutil.rmtree(at(place), ignore_errors=True)
     path, results = at("study", "results.json"), {}
     if not args.quick and os.path.exists(path):
         with open(path) as f:

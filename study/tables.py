@@ -140,7 +140,7 @@ TENS = [f"steps {i}-{i + 9}" for i in (1, 21, 51)]
 
 
 def first_at(curve, accuracy):
-    """Questions after which a curve first reaches an accuracy, interpolated; None: it never does."""
+    """Questions until a curve first reaches an accuracy, interpolated; None: it never does."""
     for (q0, a0, *_), (q1, a1, *_) in zip(curve, curve[1:]):
         if a0 < accuracy <= a1:
             return q0 + (q1 - q0) * (accuracy - a0) / (a1 - a0)
@@ -148,8 +148,8 @@ def first_at(curve, accuracy):
 
 
 def curve_table(results, baseline, rising=True):
-    """Final accuracies; the gain over a baseline, paired by seed; questions until 0.9 of the table's
-    best gain and, where the baseline is `rising`, until its own final accuracy."""
+    """Final accuracies; the gain over a baseline, paired by seed; questions until 0.9 of the
+    table's best gain and, where the baseline is `rising`, until its own final accuracy."""
     finals = {name: [c[-1][1] for c in r["curve"]] for name, r in results.items()}
     best = max(np.mean(final) for final in finals.values())
     begin = np.mean([c[0][1] for r in results.values() for c in r["curve"]])

@@ -109,6 +109,10 @@ def test_steps_have_the_ids_of_the_whole_text(name):
     for lines, ids in zip(solutions, whole):
         steps = as_steps(tokenizer, lines)
         assert prompt + [i for step in steps for i in step] == ids, lines
+    for lines in solutions[:300]:  # blank lines between steps
+        closed = [line + "\n\n" for line in lines[:-1]] + lines[-1:]
+        ids = tokenizer(question + "".join(closed), add_special_tokens=special)["input_ids"]
+        assert prompt + [i for step in closed for i in token_ids(tokenizer, step)] == ids
     for lines, ids in zip(solutions[:50], whole):
         layout = Layout(steps="line")
         got, length, ends = data.encode_trajectory(tokenizer, "How many?", lines, layout=layout)
@@ -249,6 +253,19 @@ def test_turns_of_real_tokenizers_end(name):
     assert ids[-1] not in end_ids(tokenizer)  # the question is open
     assert tokenizer.decode(ids).count("How many?") == 1
     assert ids.count(tokenizer.bos_token_id) == (tokenizer.bos_token_id is not None)
+
+
+def test_a_bare_prompt_does_not_end():
+    """Some tokenizers append their end of text to whatever they are given."""
+    from tokenizers import processors
+
+    tokenizer = data.byte_tokenizer()
+    tokenizer.chat_template = None
+    behind = processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", EOS)])
+    tokenizer.backend_tokenizer.post_processor = behind
+    assert tokenizer("1+2")["input_ids"][-1] == EOS
+    assert tokenizer.decode(encode_prompt(tokenizer, "1+2")) == "1+2\n\n"
+    assert tokenizer.decode(token_ids(tokenizer, "3")) == "3"
 
 
 @needs_tokenizers
