@@ -253,10 +253,11 @@ def score_file(cfg, procs):
     """`--score FILE`: every trajectory's step values, one JSON line a row in the file's order, to
     standard output; null for one that is longer than --max_length or the model's own context. Then
     the measures of those that have what it takes, beside it."""
-    rows = read_trajectories(cfg.score, layout_of(cfg).step_end, outcome=False)
-    rows = itertools.chain([next(rows)], rows)  # a mistake in the file shows before a model loads
+    next(read_trajectories(cfg.score, outcome=False))  # a mistake shows before a model is loaded
     name = cfg.model or os.path.join(default_out(cfg.method), "model")
     reward = load_reward_model(name, torch_dtype(cfg, procs.device), procs.device)
+    layout = layout_of(cfg) if cfg.step_end != "blank" else reward.layout
+    rows = read_trajectories(cfg.score, layout.step_end, outcome=False)
     scored, count = [], 0  # (example, its values)
     while chunk := list(itertools.islice(rows, 64 * procs.world)):
         examples = [data.encode_rows([row], reward.encode, math.inf)[0][0] for row in chunk]

@@ -184,6 +184,10 @@ class RewardModel(torch.nn.Module):
         save_model(folder, self.model, self.tokenizer)
         if self.reference is not None:
             save_model(os.path.join(folder, "reference"), self.reference, self.tokenizer)
+        self.describe(folder)
+
+    def describe(self, folder):
+        """Write reward.json, unless this is a value model that is asked and read as by default."""
         numbers = {"qrm": ["scale"], "implicit": ["beta", "temperature"]}.get(self.kind, [])
         about = {"kind": self.kind} | {name: getattr(self, name) for name in numbers}
         if self.layout != Layout():

@@ -282,6 +282,7 @@ def save_checkpoint(cfg, procs, step, learners):
         for name, learner in learners.items() if procs.rank == 0 else ():
             learner.module.model.save_pretrained(os.path.join(tmp, name))
             learner.module.tokenizer.save_pretrained(os.path.join(tmp, name))
+            learner.module.describe(os.path.join(tmp, name))
     except Exception as error:  # of a full disk: OSError, RuntimeError or SafetensorError
         reason = str(error).splitlines()[0]
         raise BadInput(

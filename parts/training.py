@@ -105,6 +105,9 @@ class Policy(torch.nn.Module):
     def save(self, folder):
         save_model(folder, self.model, self.tokenizer)
 
+    def describe(self, folder):
+        """Nothing beside the Hugging Face folder: the run's config.json has --prompt and --system."""
+
 
 # --------------------------------------------------------------------------------------------------
 # Gradients.

@@ -51,6 +51,8 @@ from parts.runs import Processes  # noqa: E402
 from tables import MEASURES, METHODS, MORE  # noqa: E402
 
 HARD = "builtin-hard"
+TDRM = "tdrm_minimal.py --eval_every 0"
+SEARCH = "search_minimal.py --beam 1"
 
 # --------------------------------------------------------------------------------------------------
 # Runs.
@@ -63,9 +65,9 @@ def execute(out, command):
     log = os.open(out + ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.argv = [*map(str, command), "--out", out, "--resume"]
+    sys.argv = [*command.split(), "--out", out, "--resume"]
     try:
-        runpy.run_path(command[0], run_name="__main__")
+        runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise RuntimeError(f"{' '.join(sys.argv)} failed, see {out}.log") from None
@@ -83,7 +85,7 @@ class Study:
     rows: list | None  # only these
 
     def run(self, commands):
-        """{out: [script, option...]}: run what has no summary.json yet, `jobs` at a time."""
+        """{out: command}: run what has no summary.json yet, `jobs` at a time."""
         todo = {
             out: c for out, c in commands.items() if not os.path.exists(at(out, "summary.json"))
         }
@@ -115,20 +117,22 @@ class Study:
             names = [name for name in names if name not in MORE]
         return {name: settings[name] for name in names}
 
+    def size(self, full, tiny):
+        return tiny if self.quick else full
+
     def policy(self, level="builtin"):
         """The built-in policy of a level, trained first."""
-        level = "builtin" if self.quick else level
+        level = self.size(level, "builtin")
         out = self.place + "/sft" + level.removeprefix("builtin")
-        small = ["--steps", 30, "--eval_problems", 20, "--max_new_tokens", 16] if self.quick else []
-        self.run({out: ["sft_minimal.py", "--data", level, *small]})
+        size = self.size("", "--steps 30 --eval_problems 20 --max_new_tokens 16")
+        self.run({out: f"sft_minimal.py --data {level} {size}"})
         return out + "/model"
 
     def reward_models(self):
         """Every reward model under every seed -> {(method, seed): folder}, trained first."""
-        small = ["--problems", 50] if self.quick else []
-        base = ["tdrm_minimal.py", "--model", self.policy(), "--eval_every", 0, *small]
+        base = f"{TDRM} --model {self.policy()} {self.size('', '--problems 50')}"
         outs = {(m, s): f"{self.place}/{m}-{s}" for m in METHODS for s in range(self.seeds)}
-        self.run({out: [*base, "--method", m, "--seed", s] for (m, s), out in outs.items()})
+        self.run({out: f"{base} --method {m} --seed {s}" for (m, s), out in outs.items()})
         return outs
 
     def rows_file(self, name, make):
@@ -151,7 +155,7 @@ class Study:
 
     def held_out(self):
         def make():
-            problems = data.make_problems(20 if self.quick else 1000, "test")
+            problems = data.make_problems(self.size(1000, 20), "test")
             return data.make_trajectories(problems, 2, 4, seed=1)
 
         return self.rows_file("held-out", make)
@@ -159,14 +163,12 @@ class Study:
     def search(self, name, folders, n, level="builtin"):
         """One search run a seed over its reward models {key: folder}: greedy search at b = 8, `n`
         samples -> for each seed {(method, key, samples): accuracy}."""
-        size = ["--problems", 4, "--n", 4] if self.quick else ["--problems", 500, "--n", n]
-        base = ["search_minimal.py", "--model", self.policy(level), "--data", level]
-        base += ["--beam", 1, "--expand", 8, *size]
+        size = self.size(f"--problems 500 --n {n}", "--problems 4 --n 4")
+        base = f"{SEARCH} --model {self.policy(level)} --data {level} --expand 8 {size}"
         which = zlib.crc32(repr(sorted(folders[0])).encode())  # other reward models: another run
-        outs = [f"{self.place}/{name}-{which:08x}-{s}" for s in range(self.seeds)]
-        commands = {}
+        outs, commands = [f"{self.place}/{name}-{which:08x}-{s}" for s in range(self.seeds)], {}
         for s, out in enumerate(outs):
-            commands[out] = [*base, "--seed", s, "--prm", *folders[s].values()]
+            commands[out] = f"{base} --seed {s} --prm {' '.join(folders[s].values())}"
         self.run(commands)
         found = []
         for out, mine in zip(outs, folders):
@@ -207,7 +209,7 @@ def tdrm(study):
         found = [summary(folders[m, s]) for s in range(study.seeds)]
         results[m] = {key: [one[key] for one in found] for key in MEASURES}
     # Value traces and TD errors by step, all on the same held-out solutions.
-    problems = data.make_problems(60 if study.quick else 500, "test")
+    problems = data.make_problems(study.size(500, 60), "test")
     rows, errors, traces = data.make_trajectories(problems, 2, 4, seed=1), {}, {}
     for m, s in itertools.product(("ScalarPRM", "TDRM"), range(study.seeds)):
         examples, values, _ = step_values(folders[m, s] + "/model", rows)
@@ -247,22 +249,13 @@ def quantiles(by_step):
 
 
 def search(study):
-    folders, branches = study.reward_models(), [2] if study.quick else [2, 4, 8, 16]
-    size = ["--problems", 8, "--n", 8] if study.quick else ["--problems", 1000, "--n", 64]
-    base = [
-        "search_minimal.py",
-        "--model",
-        study.policy(),
-        "--beam",
-        1,
-        *size,
-        "--expand",
-        *branches,
-    ]
-    commands = {}
+    folders, commands = study.reward_models(), {}
+    full = "--problems 1000 --n 64 --expand 2 4 8 16"
+    size = study.size(full, "--problems 8 --n 8 --expand 2")
     for s in range(study.seeds):
-        prms = [f"{folders[m, s]}/model" for m in METHODS]
-        commands[f"{study.place}/search-{s}"] = [*base, "--seed", s, "--prm", *prms]
+        prms = " ".join(f"{folders[m, s]}/model" for m in METHODS)
+        command = f"{SEARCH} --model {study.policy()} {size} --seed {s} --prm {prms}"
+        commands[f"{study.place}/search-{s}"] = command
     study.run(commands)
     results = {}
     for out in commands:
@@ -277,27 +270,27 @@ def search(study):
 # says otherwise.
 
 TARGETS = {
-    "ScalarPRM": ["--method", "ScalarPRM"],
-    "TDRM, n = 1": ["--n_step", 1],
-    "TDRM, n = 2": ["--n_step", 2],
-    "TDRM, n = 3": [],
-    "TDRM, lambda 0.9": ["--lam", 0.9],
-    "TDRM, lambda 1": ["--lam", 1],
-    "TDRM, gamma 0.6": ["--gamma", 0.6],
-    "TDRM, gamma 1": ["--gamma", 1],
-    "TDRM, rewards +-0.5 constant": ["--correct", 0.5, 0.5, "--wrong", -0.5, -0.5],
-    "TDRM, no step rewards": ["--correct", 0, 0, "--wrong", 0, 0, "--gamma", 1],
-    "outcomes only, TDRM n = 3": ["--label_rollouts", 0, "--n_step", 3],
-    "outcomes only, TDRM n = T": ["--label_rollouts", 0],
+    "ScalarPRM": "--method ScalarPRM",
+    "TDRM, n = 1": "--n_step 1",
+    "TDRM, n = 2": "--n_step 2",
+    "TDRM, n = 3": "",
+    "TDRM, lambda 0.9": "--lam 0.9",
+    "TDRM, lambda 1": "--lam 1",
+    "TDRM, gamma 0.6": "--gamma 0.6",
+    "TDRM, gamma 1": "--gamma 1",
+    "TDRM, rewards +-0.5 constant": "--correct 0.5 0.5 --wrong -0.5 -0.5",
+    "TDRM, no step rewards": "--correct 0 0 --wrong 0 0 --gamma 1",
+    "outcomes only, TDRM n = 3": "--label_rollouts 0 --n_step 3",
+    "outcomes only, TDRM n = T": "--label_rollouts 0",
 }
 CONDITIONS = {  # options; or whose solutions, with which share of their labels flipped
-    "1 rollout a label": ["--label_rollouts", 1],
-    "2 rollouts": ["--label_rollouts", 2],
-    "8 rollouts": ["--label_rollouts", 8],
+    "1 rollout a label": "--label_rollouts 1",
+    "2 rollouts": "--label_rollouts 2",
+    "8 rollouts": "--label_rollouts 8",
     "15% of the labels flipped": ("builtin", 0.15),
     "30% flipped": ("builtin", 0.3),
     "another student's solutions": (HARD, 0),
-    "8 to 14 operations": ["--data", HARD],
+    "8 to 14 operations": f"--data {HARD}",
 }
 
 
@@ -309,12 +302,12 @@ def sweep(study):
     outs, commands = {}, {}
     for s, (key, options) in itertools.product(range(study.seeds), settings.items()):
         out = outs[key, s] = f"{study.place}/sweep-{slug(' '.join(key))}-{s}"
-        method = ["--method", key[1]] if key[1] else []
         if isinstance(options, tuple):
-            options = ["--data", solutions(study, *options, s), "--eval", study.held_out()]
-        model, problems = study.policy(level_of(options)), 50 if study.quick else 8000
-        base = ["tdrm_minimal.py", "--model", model, "--seed", s, "--eval_every", 0]
-        commands[out] = [*base, "--problems", problems, *method, *options]
+            path = solutions(study, *options, s)
+            options = f"--data {path} --eval {study.held_out()}"
+        method = f"--method {key[1]}" if key[1] else ""
+        base = f"{TDRM} --model {study.policy(level_of(options))} --seed {s} {method}"
+        commands[out] = f"{base} --problems {study.size(8000, 50)} {options}"
     study.run(commands)
     results = {}
     for level in data.LEVELS:
@@ -327,14 +320,14 @@ def sweep(study):
                 row = results.setdefault("|".join(key), {})
                 numbers = {measure: summary(outs[key, s]).get(measure) for measure in MEASURES}
                 numbers["greedy"] = found["greedy search 8", key, 1]
-                numbers["best-of-n"] = found["best-of-n", key, 4 if study.quick else 16]
+                numbers["best-of-n"] = found["best-of-n", key, study.size(16, 4)]
                 for name, number in numbers.items():
                     row.setdefault(name, []).append(number)
     return results
 
 
 def level_of(options):
-    return HARD if HARD in options and isinstance(options, list) else "builtin"
+    return HARD if options == CONDITIONS["8 to 14 operations"] else "builtin"
 
 
 def solutions(study, level, flip, seed):
@@ -342,7 +335,7 @@ def solutions(study, level, flip, seed):
     flipped, or of the student of the other level."""
 
     def make():
-        problems = data.make_problems(50 if study.quick else 8000, "train", seed)
+        problems = data.make_problems(study.size(8000, 50), "train", seed)
         rows, rng = data.make_trajectories(problems, 4, 4, seed=seed, level=level), random.Random(
             seed
         )
@@ -387,7 +380,7 @@ def spend(budget, kind, seed):
 
 def budget(study):
     """Each learner at each budget: greedy search (b = 8) and best-of-16."""
-    budgets, learners = [1000] if study.quick else BUDGETS, LEARNERS
+    budgets, learners = study.size(BUDGETS, [1000]), LEARNERS
     if study.quick:
         learners = study.choose(LEARNERS)
     outs, commands = {}, {}
@@ -397,18 +390,18 @@ def budget(study):
         with open(at(path)) as f:
             rows = sum(1 for _ in f)
         if script == "tdrm":  # at most four passes, and half as many steps as by default
-            steps, source = min(500, 4 * rows // 64), ["--data", path, "--eval", study.held_out()]
+            steps, source = min(500, 4 * rows // 64), f"--data {path} --eval {study.held_out()}"
         else:
-            steps, source = min(250, 2 * rows // 64), ["--pairs_from", path]
-        steps = 4 if study.quick else max(50, steps)
+            steps, source = min(250, 2 * rows // 64), f"--pairs_from {path} {study.size('', FEW)}"
+        steps = study.size(max(50, steps), 4)
         out = outs[name, b, s] = f"{study.place}/budget-{slug(name)}-{b}-{s}"
-        base = [f"{script}_minimal.py", "--model", study.policy(), "--eval_every", 0, "--seed", s]
-        commands[out] = [*base, "--steps", steps, *source, "--method", method]
+        base = f"{script}_minimal.py --model {study.policy()} --eval_every 0 --seed {s}"
+        commands[out] = f"{base} --steps {steps} {source} --method {method}"
     study.run(commands)
     folders = [
         {key[:2]: f"{outs[key]}/model" for key in outs if key[2] == s} for s in range(study.seeds)
     ]
-    results, n = {}, 4 if study.quick else 16
+    results, n = {}, study.size(16, 4)
     for found in study.search("budget-search", folders, 16):
         for name, b in itertools.product(learners, budgets):
             row = results.setdefault(name, {}).setdefault(str(b), {"greedy": [], "best-of-n": []})
@@ -420,91 +413,70 @@ def budget(study):
 # --------------------------------------------------------------------------------------------------
 # Reinforcement learning.
 
-COMMON = [
-    "--prompts_per_step",
-    16,
-    "--eval_problems",
-    300,
-    "--lr",
-    2e-4,
-    "--no-decay",
-    "--save_every",
-    0,
-]
-LIMITS = ["--data", HARD, "--problems", 500, "--steps", 60, "--eval_every", 15, *COMMON]
-LIMITS += ["--max_new_tokens", 100]
-TINY = [
-    "--problems",
-    20,
-    "--prompts_per_step",
-    2,
-    "--group_size",
-    4,
-    "--steps",
-    2,
-    "--save_every",
-    0,
-]
-TINY += ["--eval_every", 0, "--eval_problems", 4, "--max_new_tokens", 12]
+COMMON = "--prompts_per_step 16 --eval_problems 300 --lr 2e-4 --no-decay --save_every 0"
+LIMITS = f"--data {HARD} --problems 500 --steps 60 --eval_every 15 --max_new_tokens 100 {COMMON}"
+TINY = "--problems 20 --prompts_per_step 2 --group_size 4 --steps 2 --save_every 0 --eval_every 0"
+TINY += " --eval_problems 4 --max_new_tokens 12"
 
 RL = {
-    "rule-only": ["--alpha", 1],
-    "rule-only, dr_grpo": ["--alpha", 1, "--estimator", "dr_grpo"],
-    "ScalarPRM blend": ["--prm", "ScalarPRM"],
-    "TDRM blend": ["--prm", "TDRM"],
-    "TDRM blend, on-policy": ["--prm", "TDRM", "--prm_lr", 3e-4],
-    "TDRM blend, dr_grpo": ["--prm", "TDRM", "--estimator", "dr_grpo"],
-    "PRM-only": ["--prm", "TDRM", "--alpha", 0],
-    "PRM-only, on-policy": ["--prm", "TDRM", "--alpha", 0, "--prm_lr", 3e-4],
-    "rule-only, lr 3e-4": ["--alpha", 1, "--lr", 3e-4],
-    "TDRM blend, lr 3e-4": ["--prm", "TDRM", "--lr", 3e-4],
-    "TDRM blend, dr_grpo, lr 3e-4": ["--prm", "TDRM", "--estimator", "dr_grpo", "--lr", 3e-4],
+    "rule-only": "--alpha 1",
+    "rule-only, dr_grpo": "--alpha 1 --estimator dr_grpo",
+    "ScalarPRM blend": "--prm {ScalarPRM}",
+    "TDRM blend": "--prm {TDRM}",
+    "TDRM blend, on-policy": "--prm {TDRM} --prm_lr 3e-4",
+    "TDRM blend, dr_grpo": "--prm {TDRM} --estimator dr_grpo",
+    "PRM-only": "--prm {TDRM} --alpha 0",
+    "PRM-only, on-policy": "--prm {TDRM} --alpha 0 --prm_lr 3e-4",
+    "rule-only, lr 3e-4": "--alpha 1 --lr 3e-4",
+    "TDRM blend, lr 3e-4": "--prm {TDRM} --lr 3e-4",
+    "TDRM blend, dr_grpo, lr 3e-4": "--prm {TDRM} --estimator dr_grpo --lr 3e-4",
 }
 
-OFF, OFFLINE, POLICY = ["--prm", "none"], ["--prm", "offline"], ["--reference", "policy"]
-SOME = ["--accuracy", 0.1, 0.9]  # of 8 responses, one right is already something to learn from
-PRIME = {  # "offline": a PRM trained on the initial policy's samples
-    "outcomes only": OFF,
-    "PRIME": [],
-    "double forward": ["--update", "before"],
-    "offline PRM": ["--update", "none", *OFFLINE],
-    "offline-trained PRM, online": OFFLINE,
-    "policy reference": POLICY,
-    "policy reference, offline-trained PRM, online": [*POLICY, *OFFLINE],
-    "no filter": ["--accuracy", 0, 1],
-    "REINFORCE, outcomes": ["--estimator", "reinforce", *OFF],
-    "REINFORCE, PRIME": ["--estimator", "reinforce"],
-    "GRPO, outcomes": ["--estimator", "grpo", *OFF],
-    "GRPO, PRIME": ["--estimator", "grpo"],
-    "PPO, outcomes": ["--estimator", "ppo", *OFF],
-    "PPO, PRIME": ["--estimator", "ppo"],
-    "PRIME as value model": ["--estimator", "value"],
-    "control: shuffled over tokens": ["--shuffle_process"],
-    "control: policy reference, offline-trained PRM, shuffled": [
-        *POLICY,
-        *OFFLINE,
-        "--shuffle_process",
-    ],
-    "control: process weight 0": ["--process_weight", 0],
+SOME = "--accuracy 0.1 0.9"  # of 8 responses, one right is already something to learn from
+PRIME = {  # {offline}: a PRM trained on the initial policy's samples
+    "outcomes only": "--prm none",
+    "PRIME": "",
+    "double forward": "--update before",
+    "offline PRM": "--update none --prm {offline}",
+    "offline-trained PRM, online": "--prm {offline}",
+    "policy reference": "--reference policy",
+    "policy reference, offline-trained PRM, online": "--reference policy --prm {offline}",
+    "no filter": "--accuracy 0 1",
+    "REINFORCE, outcomes": "--estimator reinforce --prm none",
+    "REINFORCE, PRIME": "--estimator reinforce",
+    "GRPO, outcomes": "--estimator grpo --prm none",
+    "GRPO, PRIME": "--estimator grpo",
+    "PPO, outcomes": "--estimator ppo --prm none",
+    "PPO, PRIME": "--estimator ppo",
+    "PRIME as value model": "--estimator value",
+    "control: shuffled over tokens": "--shuffle_process",
+    "control: policy reference, offline-trained PRM, shuffled": (
+        "--reference policy --prm {offline} --shuffle_process"
+    ),
+    "control: process weight 0": "--process_weight 0",
 }
 AGAIN = ("outcomes only", "policy reference, offline-trained PRM, online")
 AGAIN += ("control: policy reference, offline-trained PRM, shuffled",)
-SHORT = {  # "another": the PRM that PRIME has trained under another seed
-    "outcomes only": OFF,
-    "PRIME": [],
-    "policy reference": POLICY,
-    "policy reference, another seed's PRM": [*POLICY, "--prm", "another"],
+SHORT = {  # {another}: the PRM that PRIME has trained under another seed
+    "outcomes only": "--prm none",
+    "PRIME": "",
+    "policy reference": "--reference policy",
+    "policy reference, another seed's PRM": "--reference policy --prm {another}",
 }
 
 
 def curves(study, script, settings, prefix, seeds=None):
     """Runs of an RL script on the hard level under every setting and seed -> {setting: {"curve": of
     each seed, and by_tens of what its metrics have}}."""
-    size, seeds, results = TINY if study.quick else LIMITS, seeds or range(study.seeds), {}
-    base, outs = [script, "--model", study.policy(HARD), *size], {}
-    for s, (name, options) in itertools.product(seeds, study.choose(settings).items()):
-        out = f"{study.place}/{prefix}-{slug(name)}-{s}"
-        outs.setdefault(name, {})[out] = [*base, "--seed", s, *options]
+    base, outs, results = (
+        f"{script} --model {study.policy(HARD)} {study.size(LIMITS, TINY)}",
+        {},
+        {},
+    )
+    for s in seeds or range(study.seeds):
+        for name, options in study.choose(settings).items():
+            out = f"{study.place}/{prefix}-{slug(name)}-{s}"
+            outs.setdefault(name, {})[out] = f"{base} --seed {s} {options}"
     study.run({out: command for runs in outs.values() for out, command in runs.items()})
     for name, runs in outs.items():
         results[name] = {"curve": [curve(out) for out in runs]}
@@ -533,43 +505,26 @@ def by_tens(steps, key):
     return means
 
 
-def replace(settings, names):
-    """The settings with what `names` {placeholder: path} says in place of a placeholder."""
-    return {row: [names.get(o, o) for o in options] for row, options in settings.items()}
+def fill(settings, **paths):
+    return {name: options.format(**paths) for name, options in settings.items()}
 
 
 def rl(study):
-    small = ["--problems", 50] if study.quick else []
-    base = [
-        "tdrm_minimal.py",
-        "--model",
-        study.policy(HARD),
-        "--data",
-        HARD,
-        "--eval_every",
-        0,
-        *small,
-    ]
+    level, size = study.size(HARD, "builtin"), study.size("", "--problems 50")
+    base = f"{TDRM} --model {study.policy(HARD)} --data {level} {size}"
     outs = {m: f"{study.place}/{m}-hard" for m in ("TDRM", "ScalarPRM")}
-    study.run({out: [*base, "--method", m] for m, out in outs.items()})
-    return curves(
-        study, "rl_minimal.py", replace(RL, {m: out + "/model" for m, out in outs.items()}), "rl"
-    )
+    study.run({out: f"{base} --method {m}" for m, out in outs.items()})
+    settings = fill(RL, **{m: out + "/model" for m, out in outs.items()})
+    return curves(study, "rl_minimal.py", settings, "rl")
 
 
 def prime(study, settings=PRIME, seeds=None):
     offline = f"{study.place}/prime-offline"
-    size = [*LIMITS, "--problems", 5000, "--prompts_per_step", 32, "--steps", 150]
-    base = [
-        "prime_minimal.py",
-        "--model",
-        study.policy(HARD),
-        *(TINY if study.quick else size),
-        *SOME,
-    ]
-    study.run({offline: [*base, "--eval_every", 0, "--seed", 100, "--lr", 0]})  # the policy stays
-    settings = {row: [*SOME, *options] for row, options in settings.items()}
-    settings = replace(settings, {"offline": offline + "/prm"})
+    size = study.size(f"{LIMITS} --problems 5000 --prompts_per_step 32 --steps 150", TINY)
+    base = f"prime_minimal.py --model {study.policy(HARD)} {size} {SOME} --eval_every 0"
+    study.run({offline: f"{base} --seed 100 --lr 0"})  # the policy stays
+    settings = fill(settings, offline=offline + "/prm")
+    settings = {name: f"{SOME} {options}" for name, options in settings.items()}
     return curves(study, "prime_minimal.py", settings, "prime", seeds)
 
 
@@ -584,14 +539,14 @@ def prime_again(study):
 
 def short_runs(study):
     """PRIME on the default level, of half as many steps -> {(name, seed): folder}."""
-    size = TINY if study.quick else ["--steps", 100, "--eval_every", 10, *COMMON]
-    base = ["prime_minimal.py", "--model", study.policy(), *size, *SOME]
+    size = study.size(f"--steps 100 --eval_every 10 {COMMON}", TINY)
+    base = f"prime_minimal.py --model {study.policy()} {size} {SOME}"
     outs, first, later = {}, {}, {}
     for s, (name, options) in itertools.product(range(study.seeds), SHORT.items()):
         out = outs[name, s] = f"{study.place}/short-{slug(name)}-{s}"
         another = f"{study.place}/short-prime-{(s + 1) % study.seeds}/prm"
-        options = [another if o == "another" else o for o in options]
-        (later if another in options else first)[out] = [*base, "--seed", s, *options]
+        command = f"{base} --seed {s} {options.format(another=another)}"
+        (later if "another" in options else first)[out] = command
     study.run(first)
     study.run(later)
     return outs
@@ -607,11 +562,12 @@ def prime_short(study):
 # --------------------------------------------------------------------------------------------------
 # Reward models from pairs.
 
+FEW = "--eval_problems 20"
 KINDS = {
-    "Q-RM": ["--method", "Q-RM"],
-    "Q-RM, beta 0.2": ["--method", "Q-RM", "--beta", 0.2],
-    "ORM": ["--method", "ORM"],
-    "DPO-RM": ["--method", "DPO-RM"],
+    "Q-RM": "--method Q-RM",
+    "Q-RM, beta 0.2": "--method Q-RM --beta 0.2",
+    "ORM": "--method ORM",
+    "DPO-RM": "--method DPO-RM",
 }
 
 
@@ -619,17 +575,17 @@ def qrm(study):
     """Reward models from pairs on the default level, and TDRM and PRIME's: pairs, best-of-n, first
     wrong step."""
     kinds, seeds, outs = study.choose(KINDS), range(study.seeds), {}
-    small = ["--problems", 40, "--eval_problems", 20, "--max_new_tokens", 40] if study.quick else []
-    base, commands = ["qrm_minimal.py", "--model", study.policy(), "--eval_every", 0, *small], {}
+    size, commands = study.size("", f"--problems 40 --max_new_tokens 40 {FEW}"), {}
+    base = f"qrm_minimal.py --model {study.policy()} --eval_every 0 {size}"
     for s, (name, options) in itertools.product(seeds, kinds.items()):
         out = outs[name, s] = f"{study.place}/{slug(name)}-{s}"
-        commands[out] = [*base, "--seed", s, *options]
+        commands[out] = f"{base} --seed {s} {options}"
     study.run(commands)
     tdrms, primes = study.reward_models(), short_runs(study)
     outs |= {("TDRM", s): tdrms["TDRM", s] for s in seeds}
-    names, counts = [*kinds, "TDRM"], (4,) if study.quick else (4, 8, 16, 32, 64)
+    names, counts = [*kinds, "TDRM"], study.size((4, 8, 16, 32, 64), (4,))
     folders = [{name: outs[name, s] + "/model" for name in names} for s in seeds]
-    rows = data.make_trajectories(data.make_problems(60 if study.quick else 500, "test"), 2, seed=1)
+    rows = data.make_trajectories(data.make_problems(study.size(500, 60), "test"), 2, seed=1)
     columns = ("pair_accuracy", "first_wrong_step", "greedy", "best-of-n")
     results = {name: {column: [] for column in columns} for name in (*names, "PRIME")}
     for s, found in enumerate(study.search("qrm-search", folders, 64)):
@@ -657,23 +613,18 @@ def qrm_rl(study):
     level's student solutions."""
 
     def solve():
-        problems = data.make_problems(60 if study.quick else 5000, "train", 7, HARD)
+        problems = data.make_problems(study.size(5000, 60), "train", 7, HARD)
         return data.make_trajectories(problems, 8, seed=7, level=HARD)
 
-    pairs = ["--pairs_from", study.rows_file("samples-hard", solve), "--eval_every", 0]
-    base, names = ["qrm_minimal.py", "--model", study.policy(HARD), *pairs], (
-        "Q-RM",
-        "ORM",
-        "DPO-RM",
-    )
+    path, names, settings = study.rows_file("samples-hard", solve), ("Q-RM", "ORM", "DPO-RM"), {}
+    base = f"qrm_minimal.py --model {study.policy(HARD)} --pairs_from {path} --eval_every 0"
     outs = {name: f"{study.place}/{name}-hard" for name in names}
-    study.run({out: [*base, "--method", name] for name, out in outs.items()})
-    settings = {}
-    paid = ["--credit", "token", "--alpha", 0, "--kl_reward", 1, "--group_size", 1]
+    study.run({out: f"{base} --method {m} {study.size('', FEW)}" for m, out in outs.items()})
+    paid = "--credit token --alpha 0 --kl_reward 1 --group_size 1"
     for how, name in itertools.product(("REINFORCE", "PPO"), names):
-        options = [*paid, "--estimator", how.lower(), "--prm", outs[name] + "/model"]
+        options = f"{paid} --estimator {how.lower()} --prm {outs[name]}/model"
         if how == "PPO":  # a Q is a return already
-            options += ["--critic_lr", 1e-3, "--gamma", 0 if name == "Q-RM" else 0.9]
+            options += f" --critic_lr 1e-3 --gamma {0 if name == 'Q-RM' else 0.9}"
         settings[f"{how}, {name}"] = options
     return curves(study, "rl_minimal.py", settings, "qrm-rl")
 

@@ -284,6 +284,8 @@ def test_the_base_models_of_qwen_and_llama():
 STRICT = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
 STRICT += "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
 STRICT += "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+RIGHT = {"completions": ["1+2=3", "A:3"], "correct": True}
+WRONG = {"completions": ["1+2=4", "A:4"], "correct": False}
 TWO_USERS = [{"role": "user", "content": "1+2"}, {"role": "user", "content": "3+4"}]
 
 
@@ -317,7 +319,11 @@ def strict(tmp_path_factory):
     problems = [{"question": p, "answer": "3"} for p in prompts]
     write_rows(home / "problems.jsonl", problems)
     steps = {"completions": ["1+2", "A:3"], "correct": True}
-    write_rows(home / "rows.jsonl", [{"prompt": p} | steps for p in prompts])
+    write_rows(home / "rows.jsonl", [{"prompt": p, "answer": "3"} | steps for p in prompts])
+    pairs = {"chosen": "A:3", "rejected": "A:4"}
+    write_rows(home / "pairs.jsonl", [{"prompt": p} | pairs for p in prompts])
+    both = [{"prompt": p} | side for side in (RIGHT, WRONG) for p in prompts]
+    write_rows(home / "both.jsonl", both)
     return home
 
 
@@ -328,6 +334,10 @@ REFUSING = [
     (prime, "problems.jsonl", SHORT | {"max_new_tokens": 4}),
     (sft, "rows.jsonl", SHORT | {"max_new_tokens": 4}),
     (tdrm, "rows.jsonl", SHORT),
+    (search, "rows.jsonl", {"label_rollouts": 2, "max_new_tokens": 4}),
+    (qrm, "pairs.jsonl", SHORT),
+    (qrm, "both.jsonl", SHORT | {"method": "DPO-RM"}),
+    (qrm, "problems.jsonl", SHORT | {"max_new_tokens": 4}),
 ]
 
 
@@ -342,8 +352,43 @@ def test_a_template_that_refuses_a_row_is_one_line(script, file, more, strict, t
     with pytest.raises(BadInput) as error:
         script.main(script.Config(**files, **more), Processes())
     line = str(error.value)
-    assert line.startswith(f"{path}:3: ") and "\n" not in line
+    assert line.startswith((f"{path}:3: ", f"{path}:7: ")) and "\n" not in line
     assert "user, user" in line and "roles must alternate" in line
+
+
+def test_a_held_out_row_is_refused_before_training(strict, tmp_path):
+    """Which question is held out depends on the texts alone; here it is made to be the one."""
+    rows = [{"prompt": TWO_USERS, "answer": "3"} | RIGHT]
+    for i in range(100):
+        rows.append({"prompt": f"{i}+0"} | RIGHT)
+        _, held_out = data.hold_out(rows[:1] + rows[-1:])
+        if held_out[0] is rows[0]:
+            break
+    write_rows(tmp_path / "rows.jsonl", [rows[0], rows[-1]])
+    files = {"data": (str(tmp_path / "rows.jsonl"),), "out": str(tmp_path / "run")}
+    cfg = sft.Config(model=str(strict / "model"), **files, **SHORT, steps=1, max_new_tokens=4)
+    with pytest.raises(BadInput, match=r"rows\.jsonl:1: the chat template refuses"):
+        sft.main(cfg, Processes())
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("script", [search, rl], ids=name_of)
+def test_a_reward_model_that_refuses_is_one_line_before_sampling(script, strict, tmp_path):
+    """Where the policy's own template takes the question."""
+    save_random(str(tmp_path / "policy"), TURNS)
+    tokenizer = load_tokenizer(str(strict / "model"))
+    prm = str(tmp_path / "prm")
+    new_reward_model(str(strict / "model"), tokenizer, torch.float32).save(prm)
+    path = str(strict / "problems.jsonl")
+    options = {"model": str(tmp_path / "policy"), "data": (path,), "max_new_tokens": 4}
+    options["out"] = str(tmp_path / "run")
+    if script is search:
+        options |= {"prm": (prm,), "n": 2}
+    else:
+        options |= SHORT | {"prm": prm, "eval": (path,), "steps": 1, "prompts_per_step": 4}
+    with pytest.raises(BadInput, match=r"problems\.jsonl:3: the chat template refuses"):
+        script.main(script.Config(**options), Processes())
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_template_that_refuses_a_system_turn_is_one_line(strict, tmp_path):
@@ -382,10 +427,6 @@ def test_a_template_with_a_date_says_the_same_every_day(monkeypatch):
         theirs.append(tokenizer.apply_chat_template([{"role": "user", "content": "1+2"}]))
     assert found[0] == found[1] and theirs[0] != theirs[1]
     assert tokenizer.decode(found[0]) == "Today: 26 Jul 2024. [user]1+2[assistant]"
-
-
-RIGHT = {"completions": ["1+2=3", "A:3"], "correct": True}
-WRONG = {"completions": ["1+2=4", "A:4"], "correct": False}
 
 
 def test_equal_runs_on_different_days_write_equal_files(tmp_path, monkeypatch):
