@@ -40,7 +40,7 @@ import torch
 
 from parts.answers import extract_answer, verify  # noqa: F401
 from parts.formats import split_steps  # noqa: F401
-from parts.formats import BadInput, read_pairs, read_problems, read_trajectories, recognise
+from parts.formats import BadInput, named, read_pairs, read_problems, read_trajectories, recognise
 from parts.models import Layout, closing_id, encode_prompt, load_tokenizer, token_ids
 
 # --------------------------------------------------------------------------------------------------
@@ -268,10 +268,8 @@ def encode_rows(rows, encode, max_length):
     examples, longest, count = [], 0, 0
     known = ("labels", "correct", "first_error", "answer", "source")
     for count, row in enumerate(rows, 1):
-        try:
+        with named(row.get("source", "--data")):
             input_ids, *places = encode(row["prompt"], row["completions"])
-        except BadInput as error:
-            raise BadInput(f"{row.get('source', '--data')}: {error}") from None
         longest = max(longest, len(input_ids))
         if len(input_ids) <= max_length:
             facts = {name: row[name] for name in known if name in row}

@@ -44,10 +44,11 @@ import torch.nn.functional as F
 
 import data
 import rl_minimal as rl
+import search_minimal as search
 import sft_minimal as sft
 import tdrm_minimal as tdrm
 from parts.credit import last_token, stack
-from parts.formats import BadInput, read_pairs, read_problems, read_trajectories, recognise
+from parts.formats import BadInput, named, read_pairs, read_problems, read_trajectories, recognise
 from parts.formats import split_steps
 from parts.models import check_ids, layout_of, load_policy, load_tokenizer, question_of
 from parts.models import torch_dtype
@@ -265,8 +266,9 @@ def make_pairs(rows, most, seed=0):
         rng = np.random.default_rng([seed, zlib.crc32(question.encode())])
         for i in rng.permutation(len(right) * len(wrong))[:most].tolist():
             chosen, rejected = right[i // len(wrong)], wrong[i % len(wrong)]
-            pair = {"prompt": chosen["prompt"], "chosen": chosen["completions"]}
-            pairs.append(pair | {"rejected": rejected["completions"]})
+            pair = {"prompt": chosen["prompt"], "source": chosen.get("source", "--data")}
+            pair |= {"chosen": chosen["completions"], "rejected": rejected["completions"]}
+            pairs.append(pair)
     return pairs
 
 
@@ -277,6 +279,9 @@ def sample_pairs(problems, first_key, cfg, tokenizer, procs):
         return []
     model = load_policy(cfg.model, torch_dtype(cfg, procs.device)).to(procs.device)
     policy, rows = Policy(model, tokenizer, layout_of(cfg)), []
+    for problem in problems:  # one that cannot be asked shows before any is
+        source = problem.get("source", "--data")
+        search.prompt_ids(tokenizer, problem["question"], cfg, source)
     for r in rl.roll_out(policy, problems, first_key, cfg, procs):
         if r.finished:
             correct = r.correct > 0.5
@@ -297,7 +302,7 @@ def read_files(paths, cfg, tokenizer, procs):
             rows[kind] += {"pairs": read_pairs, "problems": read_problems}[kind](path)
     for row in rows["pairs"]:
         steps = {side: split_steps(row[side], step_end) for side in ("chosen", "rejected")}
-        pairs.append({"prompt": row["prompt"]} | steps)
+        pairs.append(row | steps)
     pairs += make_pairs(rows["trajectories"], cfg.pairs_per_question, cfg.seed)
     pairs += sample_pairs(rows["problems"][: cfg.problems], 0, cfg, tokenizer, procs)
     if not pairs:
@@ -312,8 +317,9 @@ def encode_pairs(pairs, encode, max_length):
     kept, longest = [], 0
     for pair in pairs:
         prompt, sides = pair["prompt"], []
-        for steps in (pair["chosen"], pair["rejected"]):
-            sides.append(data.Example(prompt, steps, *encode(prompt, steps)))
+        with named(pair.get("source", "--data")):
+            for steps in (pair["chosen"], pair["rejected"]):
+                sides.append(data.Example(prompt, steps, *encode(prompt, steps)))
         length = max(map(len, sides))
         longest = max(longest, length)
         if length <= max_length and sides[0].input_ids != sides[1].input_ids:

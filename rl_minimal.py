@@ -181,9 +181,9 @@ def main(cfg, procs):
     cfg = check_options(cfg, "rl", level, procs)
     checkpoint, dtype = last_checkpoint(cfg), torch_dtype(cfg, procs.device)
     policy, initial = load_policies(cfg, dtype, procs, checkpoint, cfg.kl_coef or cfg.kl_reward)
-    problems, held_out = load_problems(cfg, level, policy.module, procs)
     learners, critic = {"model": policy}, None
     prm, prm_learner = load_prm(cfg, level, dtype, procs, checkpoint, policy.module.tokenizer)
+    problems, held_out = load_problems(cfg, level, policy.module, procs, [prm] if prm else [])
     if prm_learner:
         learners["prm"] = prm_learner
     if cfg.estimator == "ppo":
@@ -441,7 +441,7 @@ def load_prm(cfg, level, dtype, procs, checkpoint, tokenizer):
     return prm, prepare(prm.requires_grad_(True), cfg, procs)
 
 
-def load_problems(cfg, level, policy, procs):
+def load_problems(cfg, level, policy, procs, prms=()):
     """-> training and held-out problems. A question that leaves no room for a response is left out
     and counted."""
     if level:
@@ -459,7 +459,7 @@ def load_problems(cfg, level, policy, procs):
     for part, rows in zip(kept, (problems, held_out)):
         for problem in rows:
             source = problem.get("source", "--data")
-            ids = search.prompt_ids(policy.tokenizer, problem["question"], cfg, source)
+            ids = search.prompt_ids(policy.tokenizer, problem["question"], cfg, source, prms)
             lengths.append(ids)
             blank = not question_of(problem["question"]).strip()
             if not blank and len(ids) + cfg.max_new_tokens <= limit:

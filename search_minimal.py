@@ -47,7 +47,7 @@ import tdrm_minimal as tdrm
 from parts.answers import answer_key, extract_answer
 from parts.decoding import StepEnd, decode, feed, longest_context, pad, prompt_cache
 from parts.decoding import sample, uniforms
-from parts.formats import BadInput, read_problems, read_trajectories, split_steps
+from parts.formats import BadInput, named, read_problems, read_trajectories, split_steps
 from parts.models import STEP_ENDS, Layout, encode_prompt, end_ids, layout_of, load_policy
 from parts.models import load_tokenizer, question_of, torch_dtype
 from parts.rewards import load_reward_model
@@ -317,7 +317,7 @@ def main(cfg, procs):
     # 1) Policy, reward models, problems.
     dtype, start = torch_dtype(cfg, procs.device), time.time()
     policy, prms = load_models(cfg, procs, level, dtype)
-    problems, left_out = load_problems(cfg, level, *policy, procs)
+    problems, left_out = load_problems(cfg, level, *policy, prms.values(), procs)
 
     # 2) All methods on a chunk of problems -> one record each.
     def work(chunk):
@@ -481,7 +481,7 @@ def load_models(cfg, procs, level, dtype):
     return policy, prms
 
 
-def load_problems(cfg, level, model, tokenizer, procs):
+def load_problems(cfg, level, model, tokenizer, prms, procs):
     """-> problems, number left out: a blank one, or one that leaves no room for a response."""
     if level:
         problems = data.make_problems(cfg.problems or 200, "test", 0, level)
@@ -492,7 +492,7 @@ def load_problems(cfg, level, model, tokenizer, procs):
         question = problem["question"]
         source = problem.get("source", i)
         blank = not question_of(question).strip()
-        if not blank and len(prompt_ids(tokenizer, question, cfg, source)) <= limit:
+        if not blank and len(prompt_ids(tokenizer, question, cfg, source, prms)) <= limit:
             kept.append(problem)
         else:
             procs.print(f"left out, blank or too long for the model: {source}")
@@ -501,12 +501,13 @@ def load_problems(cfg, level, model, tokenizer, procs):
     return kept, len(problems) - len(kept)
 
 
-def prompt_ids(tokenizer, question, cfg, source):
-    """Token ids of a question as the policy is asked it; an error names its place."""
-    try:
+def prompt_ids(tokenizer, question, cfg, source, prms=()):
+    """Token ids of a question as the policy is asked it. An error, here or in how the reward models
+    are asked it, names its place."""
+    with named(source):
+        for prm in prms:
+            prm.encode(question, [])
         return encode_prompt(tokenizer, layout_of(cfg).ask(question))
-    except BadInput as error:
-        raise BadInput(f"{source}: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -625,7 +626,8 @@ def label(cfg, procs, level):
         for i in chunk:
             steps = rows[i]["completions"]
             prompt = rows[i]["prompt"]
-            ids, _, step_ends = data.encode_trajectory(tokenizer, prompt, steps, layout=layout)
+            with named(rows[i]["source"]):
+                ids, _, step_ends = data.encode_trajectory(tokenizer, prompt, steps, layout=layout)
             for t, end in enumerate(step_ends[:-1]):
                 if end + 1 <= limit:
                     prefixes.append(ids[: end + 1])

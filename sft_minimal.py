@@ -26,7 +26,7 @@ import torch
 import data
 from parts.answers import verify
 from parts.formats import BadInput, read_trajectories
-from parts.models import Layout, check_ids, encode_prompt, end_ids, layout_of, load_policy
+from parts.models import Layout, check_ids, end_ids, layout_of, load_policy
 from parts.models import load_tokenizer, torch_dtype
 from parts.runs import Run, last_checkpoint, launch, opt
 from parts.training import Policy, TrainConfig, accumulate_gradients, learning_rate
@@ -101,8 +101,7 @@ def main(cfg, procs):
 
 
 def load_data(cfg, level, tokenizer):
-    """-> training Examples, held-out rows (one a question: only its answer is used), number too
-    long."""
+    """-> training and held-out Examples (of these one a question), number too long."""
     if level:
         batches = {"builtin": 600, "builtin-hard": 1200}[level]  # of 64: one pass is all it needs
         problems = data.make_problems(batches * 16, "train", cfg.seed, level)
@@ -113,9 +112,12 @@ def load_data(cfg, level, tokenizer):
         rows = list(read_trajectories(cfg.data, layout_of(cfg).step_end, outcome=False))
         rows, held_out = data.hold_out(rows)
         rows = [row for row in rows if row["correct"] is not False]  # nothing to imitate
-    examples, left_out = data.encode_rows(rows, spelling(tokenizer, layout_of(cfg)), cfg.max_length)
+    spell = spelling(tokenizer, layout_of(cfg))
+    examples, left_out = data.encode_rows(rows, spell, cfg.max_length)
     by_question = {str(row["prompt"]): row for row in held_out}
-    return examples, list(by_question.values())[: cfg.eval_problems], left_out
+    held_out = list(by_question.values())[: cfg.eval_problems]
+    held_out, left_out_too = data.encode_rows(held_out, spell, cfg.max_length)
+    return examples, held_out, left_out + left_out_too
 
 
 def spelling(tokenizer, layout=Layout()):
@@ -125,34 +127,31 @@ def spelling(tokenizer, layout=Layout()):
 
 def evaluate(policy, held_out, cfg, procs):
     """{"pass@1"} on the questions with a gold answer; where none has one, {"held-out loss"}."""
-    answered = [row for row in held_out if row["answer"] is not None]
+    answered = [e for e in held_out if e.answer is not None]
     if answered:
         return {"pass@1": pass_at_1(policy, answered, cfg, procs)}
-    spell = spelling(policy.tokenizer, policy.layout)
-    examples, _ = data.encode_rows(held_out, spell, cfg.max_length)
-    tokens = sum(len(e) - e.prompt_length for e in examples)
+    tokens = sum(len(e) - e.prompt_length for e in held_out)
 
     def score(part):
         b = data.collate(part, policy.tokenizer.pad_token_id, procs.device)
         return [sft_loss(policy, b["input_ids"], b["response_mask"], 1).item()]
 
-    return {"held-out loss": sum(over_rows(examples, score, procs, 1)) / tokens}
+    return {"held-out loss": sum(over_rows(held_out, score, procs, 1)) / tokens}
 
 
 @torch.no_grad()
-def pass_at_1(policy, rows, cfg, procs, rows_at_once=256):
+def pass_at_1(policy, examples, cfg, procs, rows_at_once=256):
     """Share of questions answered right by one sample (temperature 1). The questions are split over
     the processes.
 
     Plain `generate` of the library; how sampling works is the subject of parts/decoding.py."""
-    model, tokenizer, mine, right = policy.model, policy.tokenizer, procs.mine(rows), 0
+    model, tokenizer, mine, right = policy.model, policy.tokenizer, procs.mine(examples), 0
     model.eval()
     with torch.random.fork_rng(devices=[procs.device] if procs.device.type == "cuda" else []):
         torch.manual_seed(cfg.seed)
         for start in range(0, len(mine), rows_at_once):
             chunk = mine[start : start + rows_at_once]
-            prompts = [encode_prompt(tokenizer, policy.layout.ask(row["prompt"])) for row in chunk]
-            ids = {"input_ids": prompts}
+            ids = {"input_ids": [e.input_ids[: e.prompt_length] for e in chunk]}
             padded = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
             ids = model.generate(
                 **padded.to(procs.device),
@@ -167,7 +166,7 @@ def pass_at_1(policy, rows, cfg, procs, rows_at_once=256):
             )
             ids = ids[:, padded["input_ids"].shape[1] :]  # responses only
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            right += sum(verify(text, row["answer"]) for text, row in zip(texts, chunk))
+            right += sum(verify(text, e.answer) for text, e in zip(texts, chunk))
     model.train()
     right, total = procs.sum(right, len(mine))
     return right / max(1, total)

@@ -46,6 +46,7 @@ use (a blank gold answer, "proof") are left out and told; a wrong one is a `BadI
 to a question is put to it ("system", "context", "input") or refused ("choices").
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -62,6 +63,15 @@ class BadInput(ValueError):
     def __init__(self, message):
         # Messages quote the user's data, line breaks and all: they are kept to one line here.
         super().__init__(" ".join(str(message).splitlines()))
+
+
+@contextlib.contextmanager
+def named(source):
+    """Errors in what is done with a row get the row's place in front."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{source}: {error}") from None
 
 
 class LeftOut(Exception):

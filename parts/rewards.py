@@ -13,7 +13,6 @@ reference in reference/. Those that were trained elsewhere come last, and in par
 """
 
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -59,8 +58,9 @@ class RewardModel(torch.nn.Module):
         self.longest = getattr(model.config, "max_position_embeddings", None) or math.inf
         if reference is not None:
             reference.eval().requires_grad_(False)
-            for i, layer in enumerate(reference.base_model.layers):
-                layer.self_attn.layer_idx = self.layers + 1 + i  # in the cache, which both share
+            for module in reference.modules():
+                if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx"):
+                    module.layer_idx += self.layers + 1  # in the cache, which both share
 
     @property
     def dtype(self):

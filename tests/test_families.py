@@ -1,8 +1,8 @@
-"""Families of policies that do something behind their head or have dropout: what is sampled is what is
-trained, in every chapter that trains log-probs.
+"""Families of policies that do something behind their head or have dropout: what is sampled is what
+is trained, in every chapter that trains log-probs.
 
-Gemma 2 caps its logits, Granite divides them, Cohere multiplies them. The models here are tiny and random,
-with weights so large that it matters.
+Gemma 2 caps its logits, Granite divides them, Cohere multiplies them. The models here are tiny and
+random, with weights so large that it matters.
 """
 
 import functools

@@ -1,5 +1,5 @@
-"""Every chapter on a real chat model and real text: SmolLM2-135M-Instruct in the folder that SMOLLM2_DIR
-names, GSM8K's files in the one that GSM8K_DIR names; without them these tests skip.
+"""Every chapter on a real chat model and real text: SmolLM2-135M-Instruct in the folder that
+SMOLLM2_DIR names, GSM8K's files in the one that GSM8K_DIR names; without them these tests skip.
 
 A few rows and steps each, chapter after chapter, on one process, and sft, tdrm and rl on two.
 `pytest -s tests/test_real.py` prints figures and seconds.

@@ -1,8 +1,9 @@
-"""How text becomes token ids, and where a response ends, with tokenizers and chat templates as people
-bring them.
+"""How text becomes token ids, and where a response ends, with tokenizers and chat templates as
+people bring them.
 
-Real ones are looked for in the folder that TOKENIZERS_DIR names (Qwen3, Llama 3.1, Llama 2, Gemma 3,
-DeepSeek-V3), GSM8K's solutions in the one that GSM8K_DIR names; tests skip where those are not set.
+Real ones are looked for in the folder that TOKENIZERS_DIR names (Qwen3, Llama 3.1, Llama 2, Gemma
+3, DeepSeek-V3), GSM8K's solutions in the one that GSM8K_DIR names; tests skip where those are not
+set.
 """
 
 import datetime
@@ -41,6 +42,7 @@ needs_gsm8k = pytest.mark.skipif(
     not os.path.exists(GSM8K), reason="GSM8K_DIR: no example_model_solutions.jsonl"
 )
 REAL = ("qwen3", "llama3_1", "gemma3", "deepseek_v3", "llama2")
+REAL_ONES = [pytest.param(name, marks=needs_tokenizers) for name in REAL]
 
 
 @functools.cache
@@ -58,8 +60,8 @@ def gsm8k_solutions():
 
 @functools.cache
 def sentencepiece():
-    """A tokenizer that puts a space in front of whatever it is given, as SentencePiece does; trained
-    on lines, as that is."""
+    """A tokenizer that puts a space in front of whatever it is given, as SentencePiece does;
+    trained on lines, as that is."""
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
@@ -88,9 +90,7 @@ def as_steps(tokenizer, lines):
 
 
 @needs_gsm8k
-@pytest.mark.parametrize(
-    "name", ["sentencepiece", *map(functools.partial(pytest.param, marks=needs_tokenizers), REAL)]
-)
+@pytest.mark.parametrize("name", ["sentencepiece", *REAL_ONES])
 def test_steps_have_the_ids_of_the_whole_text(name):
     """All solutions; the naive reader tokenises question and solution in one piece."""
     tokenizer = sentencepiece() if name == "sentencepiece" else real(name)
@@ -242,8 +242,7 @@ ENDS = {
 }
 
 
-@needs_tokenizers
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", REAL_ONES)
 def test_turns_of_real_tokenizers_end(name):
     tokenizer = real(name)
     assert tokenizer.convert_ids_to_tokens(closing_id(tokenizer)) == ENDS[name]
@@ -354,22 +353,7 @@ def test_a_template_that_refuses_a_row_is_one_line(script, file, more, strict, t
     line = str(error.value)
     assert line.startswith((f"{path}:3: ", f"{path}:7: ")) and "\n" not in line
     assert "user, user" in line and "roles must alternate" in line
-
-
-def test_a_held_out_row_is_refused_before_training(strict, tmp_path):
-    """Which question is held out depends on the texts alone; here it is made to be the one."""
-    rows = [{"prompt": TWO_USERS, "answer": "3"} | RIGHT]
-    for i in range(100):
-        rows.append({"prompt": f"{i}+0"} | RIGHT)
-        _, held_out = data.hold_out(rows[:1] + rows[-1:])
-        if held_out[0] is rows[0]:
-            break
-    write_rows(tmp_path / "rows.jsonl", [rows[0], rows[-1]])
-    files = {"data": (str(tmp_path / "rows.jsonl"),), "out": str(tmp_path / "run")}
-    cfg = sft.Config(model=str(strict / "model"), **files, **SHORT, steps=1, max_new_tokens=4)
-    with pytest.raises(BadInput, match=r"rows\.jsonl:1: the chat template refuses"):
-        sft.main(cfg, Processes())
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()  # sft holds this question out
 
 
 @pytest.mark.parametrize("script", [search, rl], ids=name_of)
@@ -433,9 +417,8 @@ def test_equal_runs_on_different_days_write_equal_files(tmp_path, monkeypatch):
     save_random(str(tmp_path / "model"), DATED)
     rows = [{"prompt": f"{i}+2"} | side for i in range(8) for side in (RIGHT, WRONG)]
     write_rows(tmp_path / "rows.jsonl", rows)
-    write_rows(
-        tmp_path / "problems.jsonl", [{"question": f"{i}+2", "answer": "3"} for i in range(6)]
-    )
+    problems = [{"question": f"{i}+2", "answer": "3"} for i in range(6)]
+    write_rows(tmp_path / "problems.jsonl", problems)
     for year in (2025, 2031):
         on(monkeypatch, year)
         home = tmp_path / str(year)
@@ -452,15 +435,12 @@ def test_equal_runs_on_different_days_write_equal_files(tmp_path, monkeypatch):
 
 
 def without_clock(path):
-    """What a file holds, but for what the clock put there."""
+    """What a file holds, but for the seconds that things took."""
     if path.name == "metrics.jsonl":
         return numbers(path.parent)
-    if path.name == "summary.json" or path.parts[-3:-1] == ("search", "state"):
-        with open(path) as f:
-            rows = json.load(f) if path.suffix == ".json" else [json.loads(line) for line in f]
-        for row in rows["rows"] if "rows" in rows else rows if isinstance(rows, list) else []:
-            row.pop("seconds")
-        return rows
+    if path.suffix in (".json", ".jsonl"):
+        lines = path.read_text().splitlines()
+        return [line for line in lines if '"seconds"' not in line]
     return path.read_bytes()
 
 
@@ -486,8 +466,8 @@ def files(tmp_path_factory):
     home = tmp_path_factory.mktemp("files")
     save_random(str(home / "model"), TURNS)
     write_rows(home / "problems.jsonl", [{"question": "1+2", "answer": "3"}] * 4)
-    other = {"prompt": "4+5"}  # for the hold-out, which cuts by question
-    rows = [{"prompt": "1+2"} | RIGHT, {"prompt": "1+2"} | WRONG, other | RIGHT, other | WRONG]
+    questions = ("1+2", "4+5")  # the hold-out cuts by question
+    rows = [{"prompt": q, "answer": "3"} | side for q in questions for side in (RIGHT, WRONG)]
     write_rows(home / "rows.jsonl", rows)
     return home
 
@@ -532,10 +512,6 @@ def test_what_a_model_is_asked(script, options, files, seen, tmp_path, monkeypat
     bare question."""
     monkeypatch.chdir(files)
     options = {"model": "model"} | options
-    if "answer" not in options and options.get("label_rollouts"):
-        rows = [json.loads(line) | {"answer": "3"} for line in open("rows.jsonl")]
-        write_rows(tmp_path / "answered.jsonl", rows)
-        options |= {"data": (str(tmp_path / "answered.jsonl"),)}
     script.main(script.Config(**options, **ASK, out=str(tmp_path / "asked")), Processes())
     assert seen == {ASKED}
     saved = json.loads((tmp_path / "asked" / "config.json").read_text())
