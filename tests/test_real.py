@@ -7,6 +7,7 @@ A few rows and steps each, chapter after chapter, on one process, and sft, tdrm 
 
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -83,6 +84,7 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         yield home
+    shutil.rmtree(home)  # 4 GB of models
 
 
 def without_checkpoints(*_):

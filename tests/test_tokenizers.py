@@ -198,7 +198,9 @@ def test_the_second_end_in_training(two_ends):
     policy, procs = Policy(model, tokenizer), Processes()
     rows = [{"prompt": "3+4", "answer": "7"}, {"prompt": "2+5", "answer": "7"}]
     cfg = sft.Config(model=two_ends, max_new_tokens=16)
-    assert sft.pass_at_1(policy, rows, cfg, procs) == 1
+    worked = [row | {"completions": ["7"]} for row in rows]
+    examples, _ = data.encode_rows(worked, sft.spelling(tokenizer), 64)
+    assert sft.pass_at_1(policy, examples, cfg, procs) == 1
     problems = [{"question": row["prompt"], "answer": "7"} for row in rows]
     cfg = rl.Config(model=two_ends, max_new_tokens=16, group_size=2)
     assert rl.evaluate(policy, problems, cfg, procs) == {"pass@1": 1, "greedy": 1}
