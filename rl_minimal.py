@@ -32,6 +32,7 @@ Left out: asynchronous sampling (a vLLM beside the trainer), entropy bonus, part
         --estimator reinforce --kl_reward 1
     torchrun --nproc_per_node=8 rl_minimal.py --model Qwen/Qwen2.5-Math-7B --prm PRM --alpha 0.8 \\
         --data math_level3.jsonl --prompts_per_step 128 --group_size 7 --lr 1e-6 \\
+        --system "Please reason step by step, and put your final answer within \\\\boxed{}." \\
         --max_new_tokens 2048 --max_length 2560 --micro_batch_size 2 --grad_checkpoint
 
 Files in --out: as in tdrm_minimal.py; rows of metrics.jsonl also hold clock times (seconds_*). prm/

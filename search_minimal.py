@@ -22,6 +22,8 @@ Duplicate candidates are scored once. The reward models may be of any kind (part
     python search_minimal.py --prm runs/TDRM/model runs/ScalarPRM/model --show
     torchrun --nproc_per_node=8 -- search_minimal.py --model Qwen/Qwen2.5-Math-7B-Instruct \\
         --data math500.jsonl --n 64 --prm PRM    # without the --, torchrun would take --n itself
+    python search_minimal.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k.jsonl \\
+        --prm none --step_end line --prompt "{question} Put the answer in \\\\boxed{}."
     python search_minimal.py --label_rollouts 8 --data solutions.jsonl    # step labels by rollouts
 
 Files in --out: samples.jsonl (trajectories, with values: training data for tdrm_minimal.py),
@@ -577,8 +579,10 @@ def write_samples(cfg, problems, records):
                     continue
                 row = {"prompt": problem["question"], "completions": steps}
                 row |= {"answer": problem["answer"], "correct": correct}
-                row["values"] = {name: values[j] for name, values in record["values"].items()}
-                f.write(json.dumps(row, allow_nan=False) + "\n")
+                row["values"] = {}
+                for name, values in record["values"].items():  # NaN is no JSON
+                    row["values"][name] = [v if math.isfinite(v) else None for v in values[j]]
+                f.write(json.dumps(row) + "\n")
     os.replace(path + ".tmp", path)
     return empty
 
