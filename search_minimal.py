@@ -273,9 +273,9 @@ def aggregate(values, how):
     return {"last": lambda v: v[-1], "min": min, "prod": math.prod}[how](values)
 
 
-def pass_at_n(right, total, n):
-    """Unbiased estimate of P(any of n samples is right) from `right` of `total`."""
-    return 1 - math.comb(total - right, n) / math.comb(total, n)
+def pass_at_n(correct, total, n):
+    """Unbiased estimate of P(any of n samples is correct) from `correct` of `total`."""
+    return 1 - math.comb(total - correct, n) / math.comb(total, n)
 
 
 def vote(answers, weights):
@@ -291,16 +291,16 @@ def vote(answers, weights):
 def answers_from_samples(record, n, how):
     """Accuracies {method: 0..1} of one problem at n samples, from its record with N: the mean over
     the N // n groups of n."""
-    keys, right, hits = record["keys"], record["right"], defaultdict(list)
-    right_keys = {key for key, is_right in zip(keys, right) if is_right}
+    keys, correct, hits = record["keys"], record["correct"], defaultdict(list)
+    correct_keys = {key for key, is_correct in zip(keys, correct) if is_correct}
     for start in range(0, len(keys) - n + 1, n):
         part = slice(start, start + n)
-        hits["majority"].append(vote(keys[part], [1] * n) in right_keys)
+        hits["majority"].append(vote(keys[part], [1] * n) in correct_keys)
         for name, values in record["values"].items():
             scores = [aggregate(v, how) for v in values[part]]
-            hits[f"best-of-n, {name}"].append(right[part][int(np.argmax(scores))])
-            hits[f"weighted, {name}"].append(vote(keys[part], scores) in right_keys)
-    accuracies = {"oracle": pass_at_n(sum(right), len(right), n)}
+            hits[f"best-of-n, {name}"].append(correct[part][int(np.argmax(scores))])
+            hits[f"weighted, {name}"].append(vote(keys[part], scores) in correct_keys)
+    accuracies = {"oracle": pass_at_n(sum(correct), len(correct), n)}
     return accuracies | {method: float(np.mean(each)) for method, each in hits.items()}
 
 
@@ -381,8 +381,8 @@ def search_problems(cfg, problems, keys, policy, prms, procs):
             key = None if answer is None else seen.setdefault(answer_key(answer), len(seen))
             record["keys"].append(key)
         record["texts"] = [s.text for s in mine]
-        record["right"] = [is_right(cfg, s.text, problem) for s in mine]
-        record["greedy"] = is_right(cfg, one.text, problem)
+        record["correct"] = [is_correct(cfg, s.text, problem) for s in mine]
+        record["greedy"] = is_correct(cfg, one.text, problem)
         record["generated"]["samples"] = sum(len(s.token_ids) for s in mine)
         record["generated"]["greedy"] = len(one.token_ids)
 
@@ -405,14 +405,14 @@ def search_problems(cfg, problems, keys, policy, prms, procs):
             best, count = timed(method, *search, **options)
             for record, beam, problem in zip(records, best, problems):
                 text = tokenizer.decode(beam.token_ids, skip_special_tokens=True)
-                right = is_right(cfg, text, problem)
-                record["tree"][method] = {"right": right, "value": beam.value}
+                correct = is_correct(cfg, text, problem)
+                record["tree"][method] = {"correct": correct, "value": beam.value}
                 for kind in ("generated", "scored", "too_long"):
                     record[kind][method] = count[kind] / len(records)
     return records
 
 
-def is_right(cfg, response, row):
+def is_correct(cfg, response, row):
     return check(cfg.verifier, response, row)[0] > 0.5
 
 
@@ -530,7 +530,7 @@ def table(cfg, records):
         rows.append({"method": method, "n": n} | {key: float(x) for key, x in means.items()})
 
     one = [part(kind, "samples", 1 / cfg.n) for kind in ("generated", "seconds")]
-    add("pass@1", 1, [np.mean(r["right"]) for r in records], one[0], nothing, one[1])
+    add("pass@1", 1, [np.mean(r["correct"]) for r in records], one[0], nothing, one[1])
     one = [part(kind, "greedy") for kind in ("generated", "seconds")]
     add("greedy decoding", 1, [r["greedy"] for r in records], one[0], nothing, one[1])
     counts = [2**k for k in range(1, int(math.log2(cfg.n)) + 1)]
@@ -543,7 +543,7 @@ def table(cfg, records):
             add(method, n, [hits[method] for hits in per_n[n]], *tokens, seconds)
     for method in records[0]["tree"]:
         costs = [part(kind, method) for kind in ("generated", "scored", "seconds")]
-        add(method, 1, [r["tree"][method]["right"] for r in records], *costs)
+        add(method, 1, [r["tree"][method]["correct"] for r in records], *costs)
     return rows
 
 
@@ -572,7 +572,7 @@ def write_samples(cfg, problems, records):
     with open(path + ".tmp", "w") as f:
         for record in records:
             problem = problems[record["index"]]
-            for j, (text, correct) in enumerate(zip(record["texts"], record["right"])):
+            for j, (text, correct) in enumerate(zip(record["texts"], record["correct"])):
                 steps = split_steps(text, layout_of(cfg).step_end)
                 if not steps:
                     empty += 1
@@ -644,9 +644,9 @@ def label(cfg, procs, level):
         tokens = Counter()
         for (i, t), rollouts in zip(owners, samples):
             before = layout.step_end.join([*rows[i]["completions"][: t + 1], ""])
-            right = [is_right(cfg, before + s.text, rows[i]) for s in rollouts]
+            correct = [is_correct(cfg, before + s.text, rows[i]) for s in rollouts]
             soft = cfg.label_kind == "soft"
-            labels[i][t] = sum(right) / len(right) if soft else float(any(right))
+            labels[i][t] = sum(correct) / len(correct) if soft else float(any(correct))
             tokens[i] += sum(len(s.token_ids) for s in rollouts)
         for i in chunk:
             labels[i][-1] = float(rows[i]["correct"])

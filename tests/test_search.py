@@ -285,7 +285,7 @@ def test_answers_from_samples_against_the_definitions():
     """Groups of n one after another; oracle from all N."""
     keys = list("abbacbca")
     values = [[0.1, 0.9], [0.8], [0.2, 0.3], [0.9, 0.1], [], [0.5], [0.4], [0.6, 0.7]]
-    record = {"keys": keys, "right": [key == "a" for key in keys], "values": {"x": values}}
+    record = {"keys": keys, "correct": [key == "a" for key in keys], "values": {"x": values}}
     by_hand = {  # majority, best, weighted; last values: .9 .8 .3 .1 | 0 .5 .4 .7
         1: (3 / 8, 3 / 8, 3 / 8),
         2: (1 / 4, 2 / 4, 2 / 4),
