@@ -49,7 +49,7 @@ import torch.nn.functional as F
 
 import data
 import rl_minimal as rl
-from parts.credit import Critic, last_token, returns, stack, unstack, whiten
+from parts.credit import Critic, last_token, on_tokens, returns, stack, unstack, whiten
 from parts.formats import BadInput
 from parts.models import load_policy, torch_dtype
 from parts.rewards import RewardModel
@@ -313,7 +313,7 @@ def train_implicit_prm(prm, rollouts, cfg, procs):
             logprobs, _ = prm.forward(b["input_ids"], mask, cfg.temperature)
             arrays = unstack(logprobs.detach().cpu(), mask.cpu())
             seen.update(zip([place[id(r)] for r in rows], arrays))
-            ref_logprobs = rl.on_tokens([r.prm_ref_logprobs for r in rows], mask)
+            ref_logprobs = on_tokens([r.prm_ref_logprobs for r in rows], mask)
             scores = implicit_rewards(logprobs, ref_logprobs, mask, cfg.beta).sum(1)  # (B,)
             losses = F.binary_cross_entropy_with_logits(scores, b["outcomes"], reduction="none")
             return losses.sum() / len(batch)

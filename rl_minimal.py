@@ -50,8 +50,8 @@ import search_minimal as search
 import sft_minimal as sft
 import tdrm_minimal as tdrm
 from parts.answers import answer_step
-from parts.credit import Critic, last_token, reinforce_advantages, stack, token_rewards
-from parts.credit import unstack
+from parts.credit import Critic, last_token, on_tokens, reinforce_advantages, stack
+from parts.credit import token_rewards, unstack
 from parts.decoding import longest_context, sample
 from parts.formats import BadInput, read_problems, split_steps
 from parts.models import check_ids, layout_of, load_policy, load_tokenizer, question_of
@@ -179,6 +179,7 @@ def main(cfg, procs):
     """Train a policy -> summary (also in summary.json)."""
     # 1) The policy, its questions, the reward model.
     level = data.builtin_level(cfg.data)
+    check_credit(cfg)
     cfg = check_options(cfg, "rl", level, procs)
     checkpoint, dtype = last_checkpoint(cfg), torch_dtype(cfg, procs.device)
     policy, initial = load_policies(cfg, dtype, procs, checkpoint, cfg.kl_coef or cfg.kl_reward)
@@ -346,13 +347,6 @@ def update_policy(policy, rollouts, step, cfg, procs):
     }
 
 
-def on_tokens(arrays, mask):
-    """Arrays of one number per response token -> (B, T-1), each at its token, 0 outside the
-    mask."""
-    numbers = torch.from_numpy(np.concatenate(arrays)).float().to(mask.device)
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, numbers)
-
-
 def rate(cfg, step):
     """The learning rate of a step, from 0: warmup, then a cosine or constant."""
     if cfg.decay:
@@ -392,20 +386,24 @@ def check_options(cfg, name, level, procs):
         raise BadInput(f"--batch_size {cfg.batch_size}: a step has only {P} x {G} responses")
     if P * G < procs.world:
         raise BadInput(f"--prompts_per_step {P}: fewer responses than the {procs.world} processes")
-    if getattr(cfg, "credit", "") == "token":
-        if cfg.estimator not in ("reinforce", "ppo"):
-            wanted = f"--estimator reinforce or ppo, not {cfg.estimator}"
-            raise BadInput(f"--credit token: wanted {wanted}")
-        if cfg.alpha or cfg.prm_lr:
-            wanted = "--alpha 0 --prm_lr 0"
-            raise BadInput(f"--credit token: a frozen reward model pays; wanted {wanted}")
-    elif getattr(cfg, "credit", "") == "response":
-        if cfg.estimator == "ppo" or cfg.kl_reward:
-            which = "--estimator ppo and --kl_reward"
-            raise BadInput(f"{which} pay single tokens: wanted --credit token")
     out = os.path.join("runs", name + (level or "").removeprefix("builtin"))
     model = cfg.model or sft.builtin_policy(level, procs)
     return replace(cfg, out=cfg.out or out, model=model)
+
+
+def check_credit(cfg):
+    """What each kind of credit can be paid by. Raises BadInput."""
+    if cfg.credit == "response":
+        if cfg.estimator == "ppo" or cfg.kl_reward:
+            which = "--estimator ppo and --kl_reward"
+            raise BadInput(f"{which} pay single tokens: wanted --credit token")
+        return
+    if cfg.estimator not in ("reinforce", "ppo"):
+        wanted = f"--estimator reinforce or ppo, not {cfg.estimator}"
+        raise BadInput(f"--credit token: wanted {wanted}")
+    if cfg.alpha or cfg.prm_lr:
+        wanted = "--alpha 0 --prm_lr 0"
+        raise BadInput(f"--credit token: a frozen reward model pays; wanted {wanted}")
 
 
 def load_policies(cfg, dtype, procs, checkpoint, wants_initial):

@@ -27,6 +27,12 @@ def unstack(numbers, mask):
     return [row[m].numpy() for row, m in zip(numbers, mask.bool())]
 
 
+def on_tokens(arrays, mask):
+    """Arrays of one number per response token -> (B, T-1), each at its token, 0 outside the mask."""
+    numbers = torch.from_numpy(np.concatenate(arrays)).float().to(mask.device)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, numbers)
+
+
 def last_token(mask):
     """(N, T), 1 on each row's last token."""
     return mask * (mask.flip(1).cumsum(1).flip(1) == 1)
@@ -90,21 +96,15 @@ class Critic:
     def token_values(self, forward, rows):
         """-> (B, T-1) values, (B, T-1) mask, in data.collate's layout."""
         pad_id = self.learner.module.tokenizer.pad_token_id
-        ids, *_ = pad_rows(rows, pad_id, self.procs.device)
-        values = forward(ids).logits[:, :-1, 0]  # (B, T-1)
-        columns, prompts, lengths = torch.arange(ids.shape[1] - 1), [], []
-        for row in rows:
-            prompts.append(row.prompt_length - 1)
-            lengths.append(len(row) - 1)
-        mask = columns >= torch.tensor(prompts)[:, None]
-        return values, mask & (columns < torch.tensor(lengths)[:, None])
+        ids, mask, *_ = pad_rows(rows, pad_id, self.procs.device)
+        return forward(ids).logits[:, :-1, 0], mask
 
     def values(self, rows):
         """An array for each row, split over the processes, known to all."""
 
         def value(part):
             values, mask = self.token_values(self.learner.module, part)
-            return unstack(values.cpu(), mask)
+            return unstack(values.cpu(), mask.cpu())
 
         return over_rows(rows, value, self.procs)
 
@@ -114,9 +114,8 @@ class Critic:
 
         def loss_fn(part):
             values, mask = self.token_values(self.learner.forward, part)
-            goals = torch.from_numpy(np.concatenate([row.returns for row in part])).float()
-            goals = torch.zeros(mask.shape).masked_scatter(mask, goals).to(values.device)
-            return ((values - goals).square() * mask.to(values.device)).sum() / tokens
+            goals = on_tokens([row.returns for row in part], mask)
+            return ((values - goals).square() * mask).sum() / tokens
 
         size = self.cfg.micro_batch_size
         loss = accumulate_gradients(self.learner, rows, size, loss_fn, self.procs)

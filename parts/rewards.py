@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from parts import published
+from parts.decoding import pad
 from parts.formats import BadInput
 from parts.models import Layout, closing_id, encode_prompt, load_config, load_model, load_policy
 from parts.models import load_tokenizer, save_model, token_ids, token_logits
@@ -198,16 +199,12 @@ class RewardModel(torch.nn.Module):
 
 def pad_rows(rows, pad_id, device):
     """-> input_ids (B, T) padded on the right; mask (B, T-1), True where the next token is the
-    response's or padding; prompt lengths (B,); step ends (B, S)."""
-
-    def pad(lists, value):
-        longest = max(map(len, lists))
-        return torch.tensor([list(x) + [value] * (longest - len(x)) for x in lists], device=device)
-
-    ids = pad([row.input_ids for row in rows], pad_id)
+    response's; prompt lengths (B,); step ends (B, S)."""
+    ids, real = pad([row.input_ids for row in rows], "right", device, pad_id)
+    ends, _ = pad([row.step_ends for row in rows], "right", device)
     prompts = torch.tensor([row.prompt_length for row in rows], device=device)
     mask = torch.arange(1, ids.shape[1], device=device) >= prompts[:, None]
-    return ids, mask, prompts, pad([row.step_ends for row in rows], 0).long()
+    return ids, mask & real[:, 1:], prompts, ends
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import sft_minimal as sft
 import tdrm_minimal as tdrm
 from helpers import assert_same_run, at_step, in_save, numbers, ranks, save_policy, write_rows
 from parts import verifier
+from parts.credit import on_tokens
 from parts.formats import BadInput, split_steps
 from parts.models import encode_prompt, load_policy
 from parts.rewards import load_reward_model, new_reward_model
@@ -267,7 +268,7 @@ def test_numbers_land_on_their_tokens():
         numbers = np.array([rng.random() + 1 for _ in response], dtype=np.float32)
         rollouts.append(rollout(prompt, response, advantages=numbers))
     mask = data.collate(rollouts, 0)["response_mask"]
-    got = rl.on_tokens([r.advantages for r in rollouts], mask)
+    got = on_tokens([r.advantages for r in rollouts], mask)
     wanted = torch.zeros(6, max(map(len, rollouts)) - 1)
     for b, r in enumerate(rollouts):
         for place in range(r.prompt_length, len(r)):  # predicted one before
