@@ -14,9 +14,12 @@ equal eos).
 The built-in task is one-digit arithmetic in a chain, the last digit kept: "7+8*3-5" is solved as
 "7+8=5", "5*3=5", "5-5=0", "\\boxed{0}". Its solutions come from a *student with habits*, who gets
 30% of the 240 facts wrong 60% of the time, always with the same wrong digit. So errors are
-systematic: majority voting repeats them, and a verifier has something to win. Two levels: `builtin`
-(3 to 6 operations) and `builtin-hard` (8 to 14, 37.5% of the facts), for studies in which the first
-is solved too soon.
+systematic: majority voting repeats them, and a verifier has something to win. Three levels:
+`builtin` (3 to 6 operations); `builtin-hard` (8 to 14, 37.5% of the facts), for studies in which the
+first is solved too soon; and `builtin-choice`, whose 3 to 5 different additions and subtractions may
+be done in any order ("0-4+4+6" as "0+4=4", "4-4=0", "0+6=6"). There several next steps are right,
+and not all are as promising: an order can avoid the facts that the student gets wrong (40% of them,
+70% of the time).
 
 Left out on purpose: packing several trajectories into one row (simple, and faster only with a
 varlen attention kernel).
@@ -28,6 +31,7 @@ varlen attention kernel).
 
 import argparse
 import collections
+import functools
 import itertools
 import json
 import random
@@ -46,10 +50,24 @@ from parts.models import Layout, closing_id, encode_prompt, load_tokenizer, toke
 # --------------------------------------------------------------------------------------------------
 # The built-in task. Everything is a pure function of its seed.
 
-# Fewest and most operations, share of shaky facts.
-LEVELS = {"builtin": (3, 6, 0.3), "builtin-hard": (8, 14, 0.375)}
-HABIT_RATE = 0.6  # how often the student follows a wrong habit
+
+@dataclass(frozen=True)
+class Level:
+    operations: tuple  # fewest and most in a question
+    shaky: float  # share of the facts about which the student has a wrong habit
+    rate: float = 0.6  # how often it follows one
+    signs: str = "+-*"
+    any_order: bool = False  # the operations are different ones, and may be done in any order
+    batches: int = 600  # of 64 of its solutions, that a policy learns from: one pass is enough
+
+
+LEVELS = {
+    "builtin": Level((3, 6), 0.3),
+    "builtin-hard": Level((8, 14), 0.375, batches=1200),
+    "builtin-choice": Level((3, 5), 0.4, 0.7, "+-", any_order=True, batches=1200),
+}
 FACTS = [(a, op, b) for a in range(10) for op in "+-*" for b in range(2, 10)]
+OPERATIONS = [f"{op}{b}" for _, op, b in FACTS[:24]]  # a fact's place: 24 * value + operation's
 
 
 def digit(a, op, b):
@@ -57,32 +75,30 @@ def digit(a, op, b):
     return {"+": a + b, "-": a - b, "*": a * b}[op] % 10
 
 
-def make_habits():
-    """{level: what the student takes each of FACTS for, None where it has no wrong habit}. Habits
-    belong to the task, not to a run: they are the same under every seed."""
-    rng, habits = random.Random(0), {}
+RIGHT = [digit(*fact) for fact in FACTS]
+
+
+@functools.cache
+def wrong_habits(level):
+    """What the student takes each of FACTS for, None where it has no wrong habit. Habits belong to
+    the task, not to a run: they are the same under every seed."""
+    rng, habits = random.Random(0), [None] * len(FACTS)
     shaky = rng.sample(range(len(FACTS)), len(FACTS))
     wrong = {i: (RIGHT[i] + rng.randint(1, 9)) % 10 for i in shaky}
-    for level, (_, _, share) in LEVELS.items():
-        habits[level] = [None] * len(FACTS)
-        for i in shaky[: round(share * len(FACTS))]:
-            habits[level][i] = wrong[i]
+    asked = [i for i in shaky if FACTS[i][1] in level.signs]
+    for i in asked[: round(level.shaky * len(asked))]:
+        habits[i] = wrong[i]
     return habits
 
 
-OPERATIONS = {f"{op}{b}": i for i, (_, op, b) in enumerate(FACTS[:24])}  # "+7": its place
-RIGHT = [digit(*fact) for fact in FACTS]
-HABITS = make_habits()
-
-
-def student(value, operations, random, habits):
+def student(value, operations, random, habits, rate):
     """Apply `operations` (places in OPERATIONS) to `value` as the student does -> the digit after
     each one. `random()` is asked only where there is a habit."""
     digits = []
     for operation in operations:
         fact = 24 * value + operation
         value = habits[fact]
-        if value is None or random() >= HABIT_RATE:
+        if value is None or random() >= rate:
             value = RIGHT[fact]
         digits.append(value)
     return digits
@@ -101,16 +117,20 @@ def is_test(question):
 
 def make_problems(n, split="train", seed=0, level="builtin"):
     """`n` different built-in problems {"question", "answer"} of one split ("train" or "test")."""
-    low, high, _ = LEVELS[level]
     rng, answers = random.Random(f"{level} {split} {seed}"), {}
+    level = LEVELS[level]
+    known = [operation for operation in OPERATIONS if operation[0] in level.signs]
     while len(answers) < n:
-        length, question = rng.randint(low, high), str(rng.randint(0, 9))
-        for _ in range(length):
-            question += rng.choice("+-*") + str(rng.randint(2, 9))
+        length, question = rng.randint(*level.operations), str(rng.randint(0, 9))
+        if level.any_order:
+            question += "".join(rng.sample(known, length))
+        else:
+            for _ in range(length):
+                question += rng.choice(level.signs) + str(rng.randint(2, 9))
         if is_test(question) == (split == "test") and question not in answers:
             value, operations = parse_question(question)
             for operation in operations:
-                value = RIGHT[24 * value + OPERATIONS[operation]]
+                value = RIGHT[24 * value + OPERATIONS.index(operation)]
             answers[question] = str(value)
     return [{"question": question, "answer": answer} for question, answer in answers.items()]
 
@@ -123,32 +143,30 @@ def make_trajectories(
 
     With `label_rollouts` = K > 0, each step is labelled from K student solutions that continue from
     it: the fraction that reaches the answer (`label_kind="soft"`), or 1 if any does ("hard", as
-    Math-Shepherd estimates). Without, labels are None and the outcome is all there is.
+    Math-Shepherd estimates). `label_kind="correct"` needs no rollouts: 1 until the first wrong step
+    (as people label, PRM800K). With K = 0 labels are None and the outcome is all there is.
     """
-    draw, rows, habits = random.Random(f"solutions {seed}").random, [], HABITS[level]
+    rng, rows, level = random.Random(f"solutions {seed}"), [], LEVELS[level]
+    habits = wrong_habits(level)
     for problem in problems:
         start, operations = parse_question(problem["question"])
-        places = [OPERATIONS[operation] for operation in operations]
+        places = [OPERATIONS.index(operation) for operation in operations]
         answer = int(problem["answer"])
         for _ in range(samples):
-            digits = student(start, places, draw, habits)
-            steps, first_error, before, labels = [], -1, start, None
-            for t, (operation, after) in enumerate(zip(operations, digits)):
-                steps.append(f"{before}{operation}={after}")
-                if first_error < 0 and after != RIGHT[24 * before + places[t]]:
+            order = rng.sample(places, len(places)) if level.any_order else places
+            digits = student(start, order, rng.random, habits, level.rate)
+            steps, first_error, before = [], -1, start
+            for t, (place, after) in enumerate(zip(order, digits)):
+                steps.append(f"{before}{OPERATIONS[place]}={after}")
+                if first_error < 0 and after != RIGHT[24 * before + place]:
                     first_error = t
                 before = after
-            correct = before == answer
-            if label_rollouts:
-                labels = []
-                for t, value in enumerate(digits[:-1]):
-                    hits, rest = 0, places[t + 1 :]
-                    for _ in range(label_rollouts):
-                        hits += student(value, rest, draw, habits)[-1] == answer
-                    labels.append(
-                        hits / label_rollouts if label_kind == "soft" else float(hits > 0)
-                    )
-                labels += [float(correct)] * 2  # from the last result on nothing is left to chance
+            labels, correct = None, before == answer
+            if label_rollouts and label_kind == "correct":
+                labels = [float(first_error < 0 or t < first_error) for t in range(len(steps) + 1)]
+            elif label_rollouts:
+                shares = success_rates(digits, order, answer, label_rollouts, rng, level)
+                labels = shares if label_kind == "soft" else [float(share > 0) for share in shares]
             rows.append(
                 {
                     "prompt": problem["question"],
@@ -160,6 +178,20 @@ def make_trajectories(
                 }
             )
     return rows
+
+
+def success_rates(digits, order, answer, rollouts, rng, level):
+    """From each step of a student's solution, the share of `rollouts` student solutions of the rest
+    that reach the answer."""
+    shares, habits = [], wrong_habits(level)
+    for t, value in enumerate(digits[:-1]):
+        hits, rest = 0, order[t + 1 :]
+        for _ in range(rollouts):
+            if level.any_order:
+                rest = rng.sample(rest, len(rest))
+            hits += student(value, rest, rng.random, habits, level.rate)[-1] == answer
+        shares.append(hits / rollouts)
+    return shares + [float(digits[-1] == answer)] * 2  # after the last result nothing is open
 
 
 def builtin_tokenizer():
@@ -380,10 +412,11 @@ def show(row, tokenizer):
 
 
 def show_builtin(tokenizer):
-    for level, (low, high, _) in LEVELS.items():
-        rows = make_trajectories(make_problems(500, level=level), 4, label_rollouts=4, level=level)
+    for name, level in LEVELS.items():
+        low, high = level.operations
+        rows = make_trajectories(make_problems(500, level=name), 4, label_rollouts=4, level=name)
         share = np.mean([row["correct"] for row in rows])
-        print(f"{level}: {low}-{high} operations, the student is right in {share:.0%}")
+        print(f"{name}: {low}-{high} operations, the student is right in {share:.0%}")
         for correct in (True, False):
             show(next(row for row in rows if row["correct"] == correct), tokenizer)
 

@@ -70,7 +70,7 @@ class Config(TrainConfig):
     method: str = opt("Q-RM", "of the reward model", choices=tuple(METHODS))
     beta: float | None = opt(None, "scale in the loss; without it: Q-RM 2, DPO-RM 0.1", low=0)
     margin: float = opt(2.0, "Q-RM: what beta times the gap should exceed")
-    data: tuple[str, ...] = opt(("builtin",), "builtin, builtin-hard, files of pairs or problems")
+    data: tuple[str, ...] = opt(("builtin",), "builtin[-hard|-choice], files of pairs or problems")
     pairs_from: tuple[str, ...] = opt((), "trajectory files with outcomes to make pairs from")
     pairs_per_question: int = opt(4, "most pairs made for one question", low=1)
     group_size: int = opt(8, "responses sampled for each question to make pairs of", low=2)

@@ -70,7 +70,7 @@ LAMBDA = 0.8  # of the generalised advantage estimation
 class RLConfig(TrainConfig):
     """What every chapter that trains a policy on its own samples has in common."""
 
-    data: tuple[str, ...] = opt(("builtin",), "builtin, builtin-hard, or files of problems")
+    data: tuple[str, ...] = opt(("builtin",), "builtin[-hard|-choice], or files of problems")
     verifier: str | None = opt(None, "FILE:FUNCTION(response, row) in place of the answer check")
     eval: tuple[str, ...] = opt((), "files of problems; without it: questions held out of --data")
     problems: int | None = opt(None, "training questions; without it: all, or 2000 built-in", low=1)

@@ -64,7 +64,7 @@ MAX_DEPTH = 1000  # of a tree: a bound for models that never end a response
 class Config:
     model: str | None = opt(None, "policy: name or folder; without it: the built-in one")
     prm: tuple[str, ...] = opt((), "reward models; without it: the built-in TDRM; none: no model")
-    data: tuple[str, ...] = opt(("builtin",), "builtin, builtin-hard, or files of problems")
+    data: tuple[str, ...] = opt(("builtin",), "builtin[-hard|-choice], or files of problems")
     out: str | None = opt(None, "folder of the run; without it: runs/search")
     problems: int | None = opt(None, "how many; without it: all, or 200 built-in ones", low=1)
     n: int = opt(16, "samples of each problem", low=1)

@@ -103,8 +103,8 @@ def main(cfg, procs):
 def load_data(cfg, level, tokenizer):
     """-> training and held-out Examples (of these one a question), number too long."""
     if level:
-        batches = {"builtin": 600, "builtin-hard": 1200}[level]  # of 64: one pass is all it needs
-        problems = data.make_problems(batches * 16, "train", cfg.seed, level)
+        count = 64 * data.LEVELS[level].batches // 4
+        problems = data.make_problems(count, "train", cfg.seed, level)
         rows = data.make_trajectories(problems, 4, seed=cfg.seed, level=level)
         problems = data.make_problems(cfg.eval_problems, "test", 0, level)
         held_out = data.make_trajectories(problems, seed=1, level=level)

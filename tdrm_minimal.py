@@ -54,6 +54,7 @@ from parts.runs import Run, last_checkpoint, launch, opt
 from parts.training import TrainConfig, accumulate_gradients, learning_rate, optimizer_step, prepare
 
 METHODS = ("TDRM", "ScalarPRM", "ScalarORM")
+KINDS = ("hard", "soft", "correct")  # of labels, see data.make_trajectories
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Config(TrainConfig):
     eval: tuple[str, ...] = opt((), "trajectory files; without it: questions held out of --data")
     problems: int = opt(16_000, "built-in task: training questions, four solutions each", low=1)
     label_rollouts: int = opt(4, "built-in task: rollouts per step label; 0: no labels", low=0)
-    label_kind: str = opt("hard", "a label: any rollout right, or share", choices=("hard", "soft"))
+    label_kind: str = opt("hard", "a label: any rollout right, share, step right", choices=KINDS)
     score: str | None = opt(None, "trajectory file: print its step values, train nothing")
 
 

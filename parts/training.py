@@ -39,7 +39,7 @@ class TrainConfig:
     """The options of every training script. The same words mean the same thing everywhere."""
 
     model: str | None = opt(None, "Hugging Face name or folder; without it: the built-in policy")
-    data: tuple[str, ...] = opt(("builtin",), "builtin, builtin-hard, or trajectory files")
+    data: tuple[str, ...] = opt(("builtin",), "builtin[-hard|-choice], or trajectory files")
     out: str | None = opt(None, "folder of the run; without it: runs/ and the script's name")
     steps: int | None = opt(None, "optimizer steps; without it: one pass over the data", low=1)
     batch_size: int = opt(64, "rows in a global batch, over all processes", low=1)

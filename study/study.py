@@ -1,21 +1,20 @@
 """Which of the three papers' claims hold in miniature? `python study/study.py [PART ...]`.
 
-    tdrm         ScalarORM, ScalarPRM, TDRM on held-out solutions: smoothness, calibration, AUROC
-    search       greedy search and best-of-n on 1000 held-out problems with those reward models
-    sweep        what a TDRM and a ScalarPRM depend on: targets, label noise, whose solutions
-    budget       search accuracy against the tokens spent on data, for every kind of reward model
-    rl           rule-only, blended and PRM-only rewards on the hard level
-    prime        PRIME against outcomes only, its design choices, and controls, on the hard level
-    prime-again  the row of it that won, under five other seeds (+)
-    prime-short  four of its rows on the default level
-    qrm          Q-RM, ORM and DPO-RM, TDRM beside them: pairs, first wrong steps, search
-    qrm-rl       RL with a Q-RM, an ORM or a DPO-RM and no verifier, on the hard level
-    readme       only write tables and figures again
+    tdrm     ScalarORM, ScalarPRM, TDRM on held-out solutions: smoothness, calibration, AUROC
+    search   greedy search and best-of-n on 1000 held-out problems with those reward models
+    targets  what n, lambda, gamma and the step rewards do
+    choice   several right steps, labelled right or wrong: when are TD targets worth it?
+    budget   search accuracy against the tokens spent on data, for every kind of reward model
+    rl       rule-only, blended and PRM-only rewards on the hard level
+    prime    PRIME against outcomes only, its design choices, and controls, on the hard level
+    qrm      Q-RM, ORM and DPO-RM, TDRM beside them: pairs, first wrong steps, search
+    qrm-rl   RL with a Q-RM, an ORM or a DPO-RM and no verifier, on the hard level
+    readme   only write tables and figures again
 
 Every run is a run of the project's own scripts with its own --seed, kept in runs/study and not
 repeated while its summary.json is there: a stopped study goes on where it was. All figures go to
-study/results.json, and from there into study/README.md and study/figures (tables.py, figures.py).
-Rows with a + (tables.MORE) want --more: without them the study takes under two hours on two cores.
+study/results.json, with the commit and the seconds of a core that they took, and from there into
+study/README.md and study/figures (tables.py, figures.py). The study of real text is real.py.
 `--quick` runs a few rows of everything, tiny, in runs/quick, and changes neither file.
 """
 
@@ -26,13 +25,14 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import runpy
 import shutil
+import subprocess
 import sys
+import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -48,9 +48,9 @@ import tables  # noqa: E402
 import tdrm_minimal as tdrm_chapter  # noqa: E402
 from parts.rewards import load_reward_model  # noqa: E402
 from parts.runs import Processes  # noqa: E402
-from tables import MEASURES, METHODS, MORE  # noqa: E402
+from tables import MEASURES, METHODS  # noqa: E402
 
-HARD = "builtin-hard"
+HARD, CHOICE = "builtin-hard", "builtin-choice"
 TDRM = "tdrm_minimal.py --eval_every 0"
 SEARCH = "search_minimal.py --beam 1"
 
@@ -58,8 +58,9 @@ SEARCH = "search_minimal.py --beam 1"
 # Runs.
 
 
-def execute(out, command):
-    """One run, in a process whose imports are done already; what it prints goes to `out`.log."""
+def execute(out, command, commit):
+    """One run, in a process whose imports are done already; what it prints goes to `out`.log, what
+    it cost to `out`.cost."""
     os.chdir(ROOT)
     os.makedirs(os.path.dirname(out), exist_ok=True)
     log = os.open(out + ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -68,9 +69,12 @@ def execute(out, command):
     sys.argv = [*command.split(), "--out", out, "--resume"]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise RuntimeError(f"{' '.join(sys.argv)} failed, see {out}.log") from None
+    except SystemExit:
+        pass
+    if not os.path.exists(os.path.join(out, "summary.json")):
+        raise RuntimeError(f"{' '.join(sys.argv)} failed or was stopped, see {out}.log")
+    with open(out + ".cost", "w") as f:
+        json.dump({"core_seconds": time.process_time(), "commit": commit}, f)
 
 
 @dataclass
@@ -80,24 +84,24 @@ class Study:
     place: str
     seeds: int
     jobs: int
-    more: bool  # also the rows in MORE
     quick: bool
-    rows: list | None  # only these
+    outs: set = field(default_factory=set)  # of all runs that were asked for
 
     def run(self, commands):
-        """{out: command}: run what has no summary.json yet, `jobs` at a time."""
-        todo = {
-            out: c for out, c in commands.items() if not os.path.exists(at(out, "summary.json"))
-        }
+        """{out: command}: run what has not been run yet, `jobs` at a time."""
+        self.outs |= set(commands)
+        todo = {out: c for out, c in commands.items() if not os.path.exists(at(out + ".cost"))}
         if not todo:
             return
+        command = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         context = multiprocessing.get_context("forkserver")  # start-up is half of a short run
         modules = ["transformers.models.qwen2.modeling_qwen2", "prime_minimal", "qrm_minimal"]
         context.set_forkserver_preload(modules)
         executor = concurrent.futures.ProcessPoolExecutor
         bar = tqdm(total=len(todo), desc="runs")
         with executor(self.jobs, context, max_tasks_per_child=1) as pool, bar:
-            runs = [pool.submit(execute, *item) for item in todo.items()]
+            runs = [pool.submit(execute, *item, commit) for item in todo.items()]
             try:
                 for done in concurrent.futures.as_completed(runs):
                     done.result()
@@ -106,15 +110,19 @@ class Study:
                 pool.shutdown(cancel_futures=True)
                 raise
 
+    def measured(self):
+        """By which commit the runs were made, and the seconds of a core that they took."""
+        costs = []
+        for out in self.outs:
+            with open(at(out + ".cost")) as f:
+                costs.append(json.load(f))
+        commits = sorted({cost["commit"] for cost in costs})
+        seconds = round(sum(cost["core_seconds"] for cost in costs))
+        return {"commit": " ".join(commits), "core_seconds": seconds, "seeds": self.seeds}
+
     def choose(self, settings):
-        """Of the settings {row: options} those to run; in a quick study the first and the last."""
-        names = list(settings)
-        if self.quick:
-            names = [names[0], names[-1]]
-        elif self.rows:
-            names = [name for name in names if name in self.rows]
-        elif not self.more:
-            names = [name for name in names if name not in MORE]
+        """The settings {row: options} to run: all, in a quick study the first and the last."""
+        names = [*settings][:: max(1, len(settings) - 1)] if self.quick else settings
         return {name: settings[name] for name in names}
 
     def size(self, full, tiny):
@@ -122,11 +130,17 @@ class Study:
 
     def policy(self, level="builtin"):
         """The built-in policy of a level, trained first."""
+        (folder,) = self.policies(level, [0])
+        return folder
+
+    def policies(self, level, seeds):
+        """Of every seed one, which has learned from other solutions."""
         level = self.size(level, "builtin")
-        out = self.place + "/sft" + level.removeprefix("builtin")
-        size = self.size("", "--steps 30 --eval_problems 20 --max_new_tokens 16")
-        self.run({out: f"sft_minimal.py --data {level} {size}"})
-        return out + "/model"
+        name, size = level.removeprefix("builtin"), self.size("", "--steps 30 --eval_problems 20")
+        outs = {s: f"{self.place}/sft{name}{f'-{s}' if s else ''}" for s in seeds}
+        base = f"sft_minimal.py --data {level} {size}"
+        self.run({out: f"{base} --seed {s}" for s, out in outs.items()})
+        return [outs[s] + "/model" for s in seeds]
 
     def reward_models(self):
         """Every reward model under every seed -> {(method, seed): folder}, trained first."""
@@ -137,13 +151,8 @@ class Study:
 
     def rows_file(self, name, make):
         """`make`() -> rows, as a file of trajectories, once."""
-        path, keep = f"{self.place}/{name}.jsonl", (
-            "prompt",
-            "completions",
-            "labels",
-            "answer",
-            "correct",
-        )
+        path = f"{self.place}/{name}.jsonl"
+        keep = ("prompt", "completions", "labels", "answer", "correct")
         if not os.path.exists(at(path)):
             os.makedirs(at(self.place), exist_ok=True)
             with open(at(path + ".tmp"), "w") as f:
@@ -160,25 +169,17 @@ class Study:
 
         return self.rows_file("held-out", make)
 
-    def search(self, name, folders, n, level="builtin"):
+    def search(self, name, folders, n):
         """One search run a seed over its reward models {key: folder}: greedy search at b = 8, `n`
         samples -> for each seed {(method, key, samples): accuracy}."""
         size = self.size(f"--problems 500 --n {n}", "--problems 4 --n 4")
-        base = f"{SEARCH} --model {self.policy(level)} --data {level} --expand 8 {size}"
+        base = f"{SEARCH} --model {self.policy()} --expand 8 {size}"
         which = zlib.crc32(repr(sorted(folders[0])).encode())  # other reward models: another run
         outs, commands = [f"{self.place}/{name}-{which:08x}-{s}" for s in range(self.seeds)], {}
         for s, out in enumerate(outs):
             commands[out] = f"{base} --seed {s} --prm {' '.join(folders[s].values())}"
         self.run(commands)
-        found = []
-        for out, mine in zip(outs, folders):
-            keys = {path.removesuffix("/model").split("/")[-1]: key for key, path in mine.items()}
-            accuracies = {}
-            for row in summary(out)["rows"]:
-                method, _, prm = row["method"].partition(", ")
-                accuracies[method, keys.get(prm, prm), row["n"]] = row["accuracy"]
-            found.append(accuracies)
-        return found
+        return [accuracies(*pair) for pair in zip(outs, folders)]
 
 
 def at(*names):
@@ -188,6 +189,17 @@ def at(*names):
 def summary(out):
     with open(at(out, "summary.json")) as f:
         return json.load(f)
+
+
+def accuracies(out, folders):
+    """{(method, key, samples): accuracy} of a search run with reward models {key: folder}."""
+    names = {key: path.removesuffix("/model").split("/")[-1] for key, path in folders.items()}
+    found = {}
+    for row in summary(out)["rows"]:
+        method, _, prm = row["method"].partition(", ")
+        for key in [key for key, name in names.items() if name == prm] or [prm]:
+            found[method, key, row["n"]] = row["accuracy"]
+    return found
 
 
 def metrics(out):
@@ -266,85 +278,121 @@ def search(study):
 
 
 # --------------------------------------------------------------------------------------------------
-# What the reward models depend on. All learn from 32,000 trajectories (half the default), unless it
-# says otherwise.
+# What the targets do, with 32,000 trajectories (half the default), unless it says otherwise.
 
+NO_REWARDS = "--correct 0 0 --wrong 0 0 --gamma 1"
+CONSTANT = "--correct 0.5 0.5 --wrong -0.5 -0.5"
 TARGETS = {
     "ScalarPRM": "--method ScalarPRM",
     "TDRM, n = 1": "--n_step 1",
     "TDRM, n = 2": "--n_step 2",
     "TDRM, n = 3": "",
     "TDRM, lambda 0.9": "--lam 0.9",
-    "TDRM, lambda 1": "--lam 1",
     "TDRM, gamma 0.6": "--gamma 0.6",
     "TDRM, gamma 1": "--gamma 1",
-    "TDRM, rewards +-0.5 constant": "--correct 0.5 0.5 --wrong -0.5 -0.5",
-    "TDRM, no step rewards": "--correct 0 0 --wrong 0 0 --gamma 1",
+    "TDRM, no step rewards": NO_REWARDS,
     "outcomes only, TDRM n = 3": "--label_rollouts 0 --n_step 3",
     "outcomes only, TDRM n = T": "--label_rollouts 0",
 }
-CONDITIONS = {  # options; or whose solutions, with which share of their labels flipped
-    "1 rollout a label": "--label_rollouts 1",
-    "2 rollouts": "--label_rollouts 2",
-    "8 rollouts": "--label_rollouts 8",
-    "15% of the labels flipped": ("builtin", 0.15),
-    "30% flipped": ("builtin", 0.3),
-    "another student's solutions": (HARD, 0),
-    "8 to 14 operations": f"--data {HARD}",
-}
 
 
-def sweep(study):
-    """Every setting under every seed: its measures, and greedy search (b = 8) and best-of-16."""
-    settings = {(name, ""): options for name, options in study.choose(TARGETS).items()}
-    for name, options in study.choose(CONDITIONS).items():
-        settings |= {(name, method): options for method in ("ScalarPRM", "TDRM")}
-    outs, commands = {}, {}
-    for s, (key, options) in itertools.product(range(study.seeds), settings.items()):
-        out = outs[key, s] = f"{study.place}/sweep-{slug(' '.join(key))}-{s}"
-        if isinstance(options, tuple):
-            path = solutions(study, *options, s)
-            options = f"--data {path} --eval {study.held_out()}"
-        method = f"--method {key[1]}" if key[1] else ""
-        base = f"{TDRM} --model {study.policy(level_of(options))} --seed {s} {method}"
-        commands[out] = f"{base} --problems {study.size(8000, 50)} {options}"
+def targets(study):
+    """Every setting under every seed: its measures, and greedy search (b = 8)."""
+    settings, outs, commands = study.choose(TARGETS), {}, {}
+    for s, (name, options) in itertools.product(range(study.seeds), settings.items()):
+        out = outs[name, s] = f"{study.place}/sweep-{slug(name)}-{s}"
+        base = f"{TDRM} --model {study.policy()} --seed {s} --problems {study.size(8000, 50)}"
+        commands[out] = f"{base} {options}"
     study.run(commands)
-    results = {}
-    for level in data.LEVELS:
-        keys = [key for key, options in settings.items() if level_of(options) == level]
-        if not keys:
-            continue
-        folders = [{key: outs[key, s] + "/model" for key in keys} for s in range(study.seeds)]
-        for s, found in enumerate(study.search("sweep-search", folders, 16, level)):
-            for key in keys:
-                row = results.setdefault("|".join(key), {})
-                numbers = {measure: summary(outs[key, s]).get(measure) for measure in MEASURES}
-                numbers["greedy"] = found["greedy search 8", key, 1]
-                numbers["best-of-n"] = found["best-of-n", key, study.size(16, 4)]
-                for name, number in numbers.items():
-                    row.setdefault(name, []).append(number)
+    folders = [{key: f"{outs[key, s]}/model" for key in settings} for s in range(study.seeds)]
+    results = {name: {} for name in settings}
+    for s, found in enumerate(study.search("sweep-search", folders, 16)):
+        for name, row in results.items():
+            numbers = {measure: summary(outs[name, s]).get(measure) for measure in MEASURES}
+            numbers["greedy"] = found["greedy search 8", name, 1]
+            for key, number in numbers.items():
+                row.setdefault(key, []).append(number)
     return results
 
 
-def level_of(options):
-    return HARD if options == CONDITIONS["8 to 14 operations"] else "builtin"
+# --------------------------------------------------------------------------------------------------
+# When are TD targets worth it? A task in which right steps differ in promise, and labels that do not
+# say so: 16,000 student solutions, each step labelled right or wrong.
+
+SEARCHED = {f"greedy, b = {b}": (f"greedy search {b}", 1) for b in (2, 4, 8, 16)}
+SEARCHED |= {f"best-of-{n}": ("best-of-n", n) for n in (4, 16)}
+ONE_STEP = "--n_step 1"
+CHOICE_SWEEP = {  # level, label kind, the TDRM's options; the ScalarPRM learns from the same labels
+    "n = 1, as above": (CHOICE, "correct", ONE_STEP),
+    "n = 3": (CHOICE, "correct", "--n_step 3"),
+    "lambda 0.9": (CHOICE, "correct", "--lam 0.9"),
+    "gamma 0.6": (CHOICE, "correct", ONE_STEP + " --gamma 0.6"),
+    "gamma 1": (CHOICE, "correct", ONE_STEP + " --gamma 1"),
+    "rewards +-0.5 to the end": (CHOICE, "correct", f"{ONE_STEP} {CONSTANT}"),
+    "no step rewards": (CHOICE, "correct", f"{ONE_STEP} {NO_REWARDS}"),
+    "label: any of 4 rollouts right": (CHOICE, "hard", ONE_STEP),
+    "label: share of 4 rollouts right": (CHOICE, "soft", ONE_STEP),
+    "20% of the facts shaky": ("builtin-choice-20", "correct", ONE_STEP),
+    "60% of the facts shaky": ("builtin-choice-60", "correct", ONE_STEP),
+    "6 to 8 operations": ("builtin-choice-long", "correct", ONE_STEP),
+    "in the order of the question": ("builtin-choice-order", "correct", ONE_STEP),
+}
+BASE = data.LEVELS[CHOICE]
+data.LEVELS["builtin-choice-20"] = replace(BASE, shaky=0.2)
+data.LEVELS["builtin-choice-60"] = replace(BASE, shaky=0.6)
+data.LEVELS["builtin-choice-long"] = replace(BASE, operations=(6, 8))
+data.LEVELS["builtin-choice-order"] = replace(BASE, any_order=False)
 
 
-def solutions(study, level, flip, seed):
-    """File of solutions to train on: of the student whose habits the policy has, with some labels
-    flipped, or of the student of the other level."""
+def choice(study):
+    """TDRM and ScalarPRM under twice the seeds, each with data and a policy of its own; then, under
+    half of them, what should make the difference larger or vanish."""
+    rows = {"TDRM, n = 1": CHOICE_SWEEP["n = 1, as above"], "TDRM, n = 3": CHOICE_SWEEP["n = 3"]}
+    options = study.size("--n 16 --expand 2 4 8 16", "--n 16 --expand 2 4 8 16 --problems 4")
+    found, methods = contest(study, rows, range(2 * study.seeds), options, "choice-search"), {}
+    found["ScalarPRM"] = found["TDRM, n = 1"]
+    for name in ("ScalarPRM", *rows):
+        mine = found[name][name.partition(",")[0]]
+        methods[name] = {title: [f[key] for f in mine] for title, key in SEARCHED.items()}
+    options, sweep = study.size("--n 4 --expand 8", "--n 4 --expand 8 --problems 4"), {}
+    found = contest(study, study.choose(CHOICE_SWEEP), range(study.seeds), options, "choice-sweep")
+    for name, pair in found.items():
+        sweep[name] = {m: [f["greedy search 8", 1] for f in mine] for m, mine in pair.items()}
+    return {"methods": methods, "sweep": sweep}
 
-    def make():
-        problems = data.make_problems(study.size(8000, 50), "train", seed)
-        rows, rng = data.make_trajectories(problems, 4, 4, seed=seed, level=level), random.Random(
-            seed
-        )
-        for row in rows if flip else []:
-            *steps, last = row["labels"]
-            row["labels"] = [1 - x if rng.random() < flip else x for x in steps] + [last]
-        return rows
 
-    return study.rows_file(f"flip{flip}-{seed}" if flip else f"other-{seed}", make)
+def contest(study, rows, seeds, options, prefix):
+    """{row: (level, label kind, TDRM's options)} -> {row: {"ScalarPRM", "TDRM": a list over the
+    seeds of accuracies {(search, samples): share}}}."""
+    policies, folders, commands, searches = {}, {}, {}, {}
+    rows = {row: (study.size(level, "builtin"), *rest) for row, (level, *rest) in rows.items()}
+    for level in {level: 0 for level, _, _ in rows.values()}:
+        # A policy of the level itself for each seed; of another, one for all.
+        own = study.policies(level, seeds if level == CHOICE else [0] * len(seeds))
+        policies |= {(level, s): policy for s, policy in zip(seeds, own)}
+    size = study.size("--problems 4000 --steps 500", "--problems 50 --steps 4")
+    methods = ("ScalarPRM", "TDRM")
+    for (row, what), m, s in itertools.product(rows.items(), methods, seeds):
+        level, kind, targets = what
+        learner = f"--method {m} --label_kind {kind} {targets if m == 'TDRM' else ''}"
+        out = f"{study.place}/{slug(level + learner)}-{s}"
+        base = f"{TDRM} --model {policies[level, s]} --data {level} --seed {s} {size}"
+        commands[out] = f"{base} {learner}"
+        folders.setdefault((level, s), {})[row, m] = out + "/model"
+    study.run(commands)
+    for (level, s), mine in folders.items():
+        base = f"{SEARCH} --model {policies[level, s]} --data {level} --seed {s} {options}"
+        out = f"{study.place}/{prefix}-{level}-{s}"
+        searches[out] = f"{base} --prm {' '.join(dict.fromkeys(mine.values()))}"
+    study.run(searches)
+    results = {row: {m: [] for m in methods} for row in rows}
+    for out, mine in zip(searches, folders.values()):
+        of_learner = {}
+        for (search, learner, n), accuracy in accuracies(out, mine).items():
+            of_learner.setdefault(learner, {})[search, n] = accuracy
+        for row, m in mine:
+            results[row][m].append(of_learner[row, m])
+    return results
 
 
 # --------------------------------------------------------------------------------------------------
@@ -420,16 +468,12 @@ TINY += " --eval_problems 4 --max_new_tokens 12"
 
 RL = {
     "rule-only": "--alpha 1",
-    "rule-only, dr_grpo": "--alpha 1 --estimator dr_grpo",
     "ScalarPRM blend": "--prm {ScalarPRM}",
     "TDRM blend": "--prm {TDRM}",
     "TDRM blend, on-policy": "--prm {TDRM} --prm_lr 3e-4",
+    "rule-only, dr_grpo": "--alpha 1 --estimator dr_grpo",
     "TDRM blend, dr_grpo": "--prm {TDRM} --estimator dr_grpo",
     "PRM-only": "--prm {TDRM} --alpha 0",
-    "PRM-only, on-policy": "--prm {TDRM} --alpha 0 --prm_lr 3e-4",
-    "rule-only, lr 3e-4": "--alpha 1 --lr 3e-4",
-    "TDRM blend, lr 3e-4": "--prm {TDRM} --lr 3e-4",
-    "TDRM blend, dr_grpo, lr 3e-4": "--prm {TDRM} --estimator dr_grpo --lr 3e-4",
 }
 
 SOME = "--accuracy 0.1 0.9"  # of 8 responses, one right is already something to learn from
@@ -457,23 +501,14 @@ PRIME = {  # {offline}: a PRM trained on the initial policy's samples
 }
 AGAIN = ("outcomes only", "policy reference, offline-trained PRM, online")
 AGAIN += ("control: policy reference, offline-trained PRM, shuffled",)
-SHORT = {  # {another}: the PRM that PRIME has trained under another seed
-    "outcomes only": "--prm none",
-    "PRIME": "",
-    "policy reference": "--reference policy",
-    "policy reference, another seed's PRM": "--reference policy --prm {another}",
-}
 
 
-def curves(study, script, settings, prefix, seeds=None):
+def curves(study, script, settings, prefix, seeds):
     """Runs of an RL script on the hard level under every setting and seed -> {setting: {"curve": of
     each seed, and by_tens of what its metrics have}}."""
-    base, outs, results = (
-        f"{script} --model {study.policy(HARD)} {study.size(LIMITS, TINY)}",
-        {},
-        {},
-    )
-    for s in seeds or range(study.seeds):
+    base = f"{script} --model {study.policy(HARD)} {study.size(LIMITS, TINY)}"
+    outs, results = {}, {}
+    for s in seeds:
         for name, options in study.choose(settings).items():
             out = f"{study.place}/{prefix}-{slug(name)}-{s}"
             outs.setdefault(name, {})[out] = f"{base} --seed {s} {options}"
@@ -515,47 +550,21 @@ def rl(study):
     outs = {m: f"{study.place}/{m}-hard" for m in ("TDRM", "ScalarPRM")}
     study.run({out: f"{base} --method {m}" for m, out in outs.items()})
     settings = fill(RL, **{m: out + "/model" for m, out in outs.items()})
-    return curves(study, "rl_minimal.py", settings, "rl")
+    return curves(study, "rl_minimal.py", settings, "rl", range(study.seeds))
 
 
-def prime(study, settings=PRIME, seeds=None):
+def prime(study):
+    """All settings; those of AGAIN under as many other seeds too, which nobody had seen when the
+    one that wins was chosen."""
     offline = f"{study.place}/prime-offline"
     size = study.size(f"{LIMITS} --problems 5000 --prompts_per_step 32 --steps 150", TINY)
     base = f"prime_minimal.py --model {study.policy(HARD)} {size} {SOME} --eval_every 0"
     study.run({offline: f"{base} --seed 100 --lr 0"})  # the policy stays
-    settings = fill(settings, offline=offline + "/prm")
+    settings = fill(PRIME, offline=offline + "/prm")
     settings = {name: f"{SOME} {options}" for name, options in settings.items()}
-    return curves(study, "prime_minimal.py", settings, "prime", seeds)
-
-
-def prime_again(study):
-    """The row that won, and what it is compared with, under seeds that nobody had seen when it was
-    chosen; and under all."""
-    rows, seeds = {name: PRIME[name] for name in AGAIN}, range(study.seeds, 2 * study.seeds)
-    before, again = prime(study, rows), prime(study, rows, seeds)
-    both = {name: {"curve": before[name]["curve"] + again[name]["curve"]} for name in again}
-    return {"again": again, "all": both}
-
-
-def short_runs(study):
-    """PRIME on the default level, of half as many steps -> {(name, seed): folder}."""
-    size = study.size(f"--steps 100 --eval_every 10 {COMMON}", TINY)
-    base = f"prime_minimal.py --model {study.policy()} {size} {SOME}"
-    outs, first, later = {}, {}, {}
-    for s, (name, options) in itertools.product(range(study.seeds), SHORT.items()):
-        out = outs[name, s] = f"{study.place}/short-{slug(name)}-{s}"
-        another = f"{study.place}/short-prime-{(s + 1) % study.seeds}/prm"
-        command = f"{base} --seed {s} {options.format(another=another)}"
-        (later if "another" in options else first)[out] = command
-    study.run(first)
-    study.run(later)
-    return outs
-
-
-def prime_short(study):
-    outs, results = short_runs(study), {}
-    for (name, _), out in outs.items():
-        results.setdefault(name, {"curve": []})["curve"].append(curve(out))
+    results = curves(study, "prime_minimal.py", settings, "prime", range(study.seeds))
+    others, again = range(study.seeds, 2 * study.seeds), {name: settings[name] for name in AGAIN}
+    results["again"] = curves(study, "prime_minimal.py", again, "prime", others)
     return results
 
 
@@ -565,14 +574,13 @@ def prime_short(study):
 FEW = "--eval_problems 20"
 KINDS = {
     "Q-RM": "--method Q-RM",
-    "Q-RM, beta 0.2": "--method Q-RM --beta 0.2",
     "ORM": "--method ORM",
     "DPO-RM": "--method DPO-RM",
 }
 
 
 def qrm(study):
-    """Reward models from pairs on the default level, and TDRM and PRIME's: pairs, best-of-n, first
+    """Reward models from pairs on the default level, and TDRM: pairs, best-of-n, first
     wrong step."""
     kinds, seeds, outs = study.choose(KINDS), range(study.seeds), {}
     size, commands = study.size("", f"--problems 40 --max_new_tokens 40 {FEW}"), {}
@@ -581,17 +589,16 @@ def qrm(study):
         out = outs[name, s] = f"{study.place}/{slug(name)}-{s}"
         commands[out] = f"{base} --seed {s} {options}"
     study.run(commands)
-    tdrms, primes = study.reward_models(), short_runs(study)
+    tdrms = study.reward_models()
     outs |= {("TDRM", s): tdrms["TDRM", s] for s in seeds}
     names, counts = [*kinds, "TDRM"], study.size((4, 8, 16, 32, 64), (4,))
     folders = [{name: outs[name, s] + "/model" for name in names} for s in seeds]
     rows = data.make_trajectories(data.make_problems(study.size(500, 60), "test"), 2, seed=1)
     columns = ("pair_accuracy", "first_wrong_step", "greedy", "best-of-n")
-    results = {name: {column: [] for column in columns} for name in (*names, "PRIME")}
+    results = {name: {column: [] for column in columns} for name in names}
     for s, found in enumerate(study.search("qrm-search", folders, 64)):
-        for name, folder in (folders[s] | {"PRIME": primes["PRIME", s] + "/prm"}).items():
-            results[name]["first_wrong_step"].append(first_wrong_step(folder, rows))
         for name in names:
+            results[name]["first_wrong_step"].append(first_wrong_step(folders[s][name], rows))
             best = [found["best-of-n", name, n] for n in counts]
             results[name]["greedy"].append(found["greedy search 8", name, 1])
             results[name]["best-of-n"].append(best)
@@ -626,7 +633,7 @@ def qrm_rl(study):
         if how == "PPO":  # a Q is a return already
             options += f" --critic_lr 1e-3 --gamma {0 if name == 'Q-RM' else 0.9}"
         settings[f"{how}, {name}"] = options
-    return curves(study, "rl_minimal.py", settings, "qrm-rl")
+    return curves(study, "rl_minimal.py", settings, "qrm-rl", range(study.seeds))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -635,12 +642,11 @@ def qrm_rl(study):
 PARTS = {
     "tdrm": tdrm,
     "search": search,
-    "sweep": sweep,
+    "targets": targets,
+    "choice": choice,
     "budget": budget,
     "rl": rl,
     "prime": prime,
-    "prime-again": prime_again,
-    "prime-short": prime_short,
     "qrm": qrm,
     "qrm-rl": qrm_rl,
 }
@@ -652,8 +658,6 @@ def options():
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}, readme; none: all")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--more", action="store_true", help="also rows that take it past two hours")
-    parser.add_argument("--rows", nargs="+", help="only these rows of the tables")
     parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS) - {"readme"}:
@@ -664,16 +668,16 @@ def options():
 def main():
     args = options()
     place, seeds = ("runs/quick", 1) if args.quick else ("runs/study", args.seeds)
-    study = Study(place, seeds, args.jobs, args.more or args.quick, args.quick, args.rows)
     if args.quick:
         shutil.rmtree(at(place), ignore_errors=True)
     path, results = at("study", "results.json"), {}
     if not args.quick and os.path.exists(path):
         with open(path) as f:
             results = json.load(f)
-    parts = args.parts or [part for part in PARTS if study.more or part not in MORE]
-    for part in [part for part in parts if part != "readme"]:
-        results[part] = results.get(part, {}) | PARTS[part](study)  # rows not run now stay
+    for part in [part for part in args.parts or PARTS if part != "readme"]:
+        study = Study(place, seeds, args.jobs, args.quick)
+        results[part] = PARTS[part](study)
+        results.setdefault("measured", {})[part] = study.measured()
         for name, lines in tables.TABLES[part](results[part]):
             print(f"\n{name}\n{lines}", flush=True)
         if not args.quick:

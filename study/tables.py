@@ -2,7 +2,6 @@
 study/README.md. Cells are mean ± half a 95% interval (Student's t) over the seeds."""
 
 import math
-import re
 
 import numpy as np
 
@@ -16,21 +15,6 @@ MEASURES = {
     "calibration_error": "calibration error",
     "first_error_f1": "first-error F1",
 }
-# Rows, and a part, that want --more: they get a + behind their name.
-MORE = {"TDRM, lambda 0.9", "TDRM, gamma 0.6", "outcomes only, TDRM n = 3", "TDRM, n = 2"}
-MORE |= {
-    "TDRM, gamma 1",
-    "2 rollouts",
-    "15% of the labels flipped",
-    "8 rollouts",
-    "8 to 14 operations",
-}
-MORE |= {"ScalarPRM blend", "TDRM blend, on-policy", "PRM-only, on-policy", "rule-only, lr 3e-4"}
-MORE |= {"TDRM blend, lr 3e-4", "TDRM blend, dr_grpo, lr 3e-4", "double forward", "no filter"}
-MORE |= {"offline-trained PRM, online", "offline PRM", "REINFORCE, outcomes", "REINFORCE, PRIME"}
-MORE |= {"GRPO, outcomes", "GRPO, PRIME", "PPO, outcomes", "PPO, PRIME", "PRIME as value model"}
-MORE |= {"control: shuffled over tokens", "control: process weight 0", "prime-again"}
-MORE |= {"PPO, Q-RM", "PPO, ORM", "PPO, DPO-RM", "Q-RM, beta 0.2"}
 # Student's t at 97.5%, by number of seeds.
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
@@ -58,10 +42,7 @@ def table(head, rows):
     def line(row):
         return "| " + " | ".join(map(str, row)) + " |"
 
-    lines = [line(head), "|---" * len(head) + "|"]
-    for name, *cells in rows:
-        lines.append(line([f"{name} +" if name in MORE else name, *cells]))
-    return "\n".join(lines)
+    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -86,28 +67,31 @@ def search(results):
     yield "best-of-n", table(["best-of-n, n =", *samples], best)
 
 
-def sweep(results):
+def targets(results):
     some = ("abs_delta_v", "lipschitz", "auroc_second_last", "calibration_error")
-    keys = {"greedy": "greedy search, b = 8", "best-of-n": "best-of-16"}
-    keys |= {key: MEASURES[key] for key in some}
-    base, targets, conditions = results.get("ScalarPRM|", {}).get("greedy"), [], {}
-    for key, row in results.items():
-        name, _, method = key.partition("|")
-        if method:
-            conditions.setdefault(name, {})[method] = row
-        else:
-            cells = [cell(row[key]) for key in keys]
-            targets.append([name, *cells, minus(row["greedy"], base)])
-    yield "targets", table(["targets", *keys.values(), "greedy minus ScalarPRM's"], targets)
-    pairs = [(name, row["ScalarPRM"], row["TDRM"]) for name, row in conditions.items()]
-    if "TDRM, n = 3|" in results:  # the targets' own condition
-        pairs.insert(2, ("4 rollouts", results["ScalarPRM|"], results["TDRM, n = 3|"]))
+    keys = {"greedy": "greedy search, b = 8"} | {key: MEASURES[key] for key in some}
+    base, rows = results["ScalarPRM"]["greedy"], []
+    for name, row in results.items():
+        gain = "" if name == "ScalarPRM" else minus(row["greedy"], base)
+        rows.append([name, *[cell(row[key]) for key in keys], gain])
+    yield "targets", table(["targets", *keys.values(), "greedy minus ScalarPRM's"], rows)
+
+
+def choice(results):
+    methods = results["methods"]
+    base, *others = methods
+    rows = [[name, *map(cell, row.values())] for name, row in methods.items()]
+    for name in others:
+        gains = [minus(x, methods[base][key]) for key, x in methods[name].items()]
+        rows.append([f"{name} minus {base}", *gains])
+    yield "choice", table(["reward model", *methods[base]], rows)
     rows = []
-    for name, a, b in pairs:
-        greedy = [cell(a["greedy"]), cell(b["greedy"]), minus(b["greedy"], a["greedy"])]
-        rows.append([name, *greedy, cell(a["abs_delta_v"]), cell(b["abs_delta_v"])])
-    head = ["step labels", "ScalarPRM, greedy", "TDRM, greedy", "TDRM minus ScalarPRM"]
-    yield "conditions", table([*head, "ScalarPRM, abs dV", "TDRM, abs dV"], rows)
+    for name, row in results["sweep"].items():
+        a, b = row["ScalarPRM"], row["TDRM"]
+        ahead = f"{sum(y > x for x, y in zip(a, b))} of {len(a)}"
+        rows.append([name, cell(a), cell(b), minus(b, a), ahead])
+    head = ["what differs", "ScalarPRM", "TDRM", "TDRM minus ScalarPRM", "seeds where it is ahead"]
+    yield "choice-sweep", table(head, rows)
 
 
 def budget(results):
@@ -187,21 +171,17 @@ def rl(results):
 
 
 def prime(results):
-    yield "prime", curve_table(results, "outcomes only")
+    settings, again = dict(results), results["again"]
+    del settings["again"]
+    yield "prime", curve_table(settings, "outcomes only")
     names = ["PRIME", "double forward", "offline PRM", "offline-trained PRM, online"]
     names += ["policy reference", "policy reference, offline-trained PRM, online"]
-    known = [name for name in names if "pair_accuracy" in results.get(name, ())]
-    rows = [[name, *by_step(results[name]["pair_accuracy"])] for name in known]
+    known = [name for name in names if name in settings]
+    rows = [[name, *by_step(settings[name]["pair_accuracy"])] for name in known]
     yield "prime-pairs", table(["PRM", *TENS], rows)
-
-
-def prime_again(results):
-    yield "prime-again", curve_table(results["again"], "outcomes only")
-    yield "prime-all-seeds", curve_table(results["all"], "outcomes only")
-
-
-def prime_short(results):
-    yield "prime-short", curve_table(results, "outcomes only")
+    known = [name for name in again if name in settings]
+    both = {name: {"curve": settings[name]["curve"] + again[name]["curve"]} for name in known}
+    yield "prime-ten-seeds", curve_table(both, "outcomes only")
 
 
 def qrm_rl(results):
@@ -211,12 +191,11 @@ def qrm_rl(results):
 TABLES = {
     "tdrm": tdrm,
     "search": search,
-    "sweep": sweep,
+    "targets": targets,
+    "choice": choice,
     "budget": budget,
     "rl": rl,
     "prime": prime,
-    "prime-again": prime_again,
-    "prime-short": prime_short,
     "qrm": qrm,
     "qrm-rl": qrm_rl,
 }

@@ -14,8 +14,8 @@ import figures
 import tables
 
 STUDY = os.path.join(ROOT, "study")
-NAMES = "tdrm greedy-search best-of-n targets conditions budget-greedy budget-best-of-n rl rl-auroc"
-NAMES += " prime prime-pairs prime-again prime-all-seeds prime-short qrm qrm-rl"
+NAMES = "tdrm greedy-search best-of-n targets choice choice-sweep budget-greedy budget-best-of-n rl"
+NAMES += " rl-auroc prime prime-pairs prime-ten-seeds qrm qrm-rl"
 
 
 def read(*names):
