@@ -135,6 +135,36 @@ def lines(path, title, shown, series, x_label, y_label, log=False, level=None):
     write(path, title, shown, y_label, panel.parts + legend(entries))
 
 
+def differences(path, title, shown, rows, x_label):
+    """[(name, mean, half an interval)] one below the other, about a line at zero; a row without a
+    number is a heading."""
+    left, right, reach = 300, WIDTH - RIGHT, max(abs(m) + h for _, m, h in rows if m is not None)
+    parts, tall = [], (HEIGHT - BOTTOM - TOP + 24) / len(rows)
+
+    def x(number):
+        return round((left + right) / 2 + number / reach * (right - left) / 2, 1)
+
+    for tick in (-0.1, -0.05, 0, 0.05, 0.1):
+        if abs(tick) <= reach:
+            parts.append(
+                segment(x(tick), TOP - 24, x(tick), HEIGHT - BOTTOM, GREY, 1 + (tick == 0))
+            )
+            parts.append(
+                text(x(tick), HEIGHT - BOTTOM + 16, f"{tick:+g}" if tick else "0", "middle")
+            )
+    for i, (name, mean, half) in enumerate(rows):
+        y = round(TOP - 24 + (i + 0.6) * tall, 1)
+        if mean is None:
+            parts.append(text(16, y + 4, f"<tspan font-weight='bold'>{name}</tspan>"))
+            continue
+        colour = COLOURS["TDRM" if mean > 0 else "ScalarPRM"]
+        parts.append(text(left - 12, y + 4, name, "end"))
+        parts.append(segment(x(mean - half), y, x(mean + half), y, colour, 2))
+        parts.append(f'<circle cx="{x(mean)}" cy="{y}" r="3.5" fill="{colour}"/>')
+    parts.append(text((left + right) / 2, HEIGHT - 6, x_label, "middle"))
+    write(path, title, shown, "", parts)
+
+
 # --------------------------------------------------------------------------------------------------
 # The figures. A title says what the committed results show.
 
@@ -188,6 +218,19 @@ def search_figures(results, at):
     title = "The best of many samples is the reward model's worst error"
     best, path = across("best-of-n, {1} @ {0}"), at("best-of-n")
     lines(path, title, shown.format("best-of-n"), best, "samples", "accuracy", **shape)
+
+
+def choice(path, results):
+    """TDRM minus ScalarPRM, paired: under all seeds by b, and at b = 8 for what the sweep changes."""
+    base, rows = results["methods"]["ScalarPRM"], [("ten seeds, n = 1", None, None)]
+    for key, numbers in results["methods"]["TDRM, n = 1"].items():
+        rows.append((key, *spread([x - y for x, y in zip(numbers, base[key])])))
+    rows.append(("five seeds, greedy search, b = 8", None, None))
+    for name, row in results["sweep"].items():
+        rows.append((name, *spread([x - y for x, y in zip(row["TDRM"], row["ScalarPRM"])])))
+    title = "Where TD targets help: several right steps, labelled right or wrong"
+    shown = "accuracy with a TDRM minus accuracy with a ScalarPRM, paired by seed; 95% intervals"
+    differences(path, title, shown, rows, "ScalarPRM better           TDRM better")
 
 
 def budget(path, results):
@@ -268,6 +311,8 @@ def draw(results, folder):
         td_error(at("td-error"), results["tdrm"]["td_error_by_step"])
     if "search" in results:
         search_figures(results["search"], at)
+    if "choice" in results:
+        choice(at("choice"), results["choice"])
     if "budget" in results:
         budget(at("budget"), results["budget"])
     for part in CURVES:

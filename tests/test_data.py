@@ -2,7 +2,9 @@
 by question, `python data.py`."""
 
 import collections
+import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -32,7 +34,7 @@ def solutions(n=40, samples=2, rollouts=4, kind="hard", seed=0, level="builtin")
 
 def habits_of(level):
     """{fact: what the student takes it for}."""
-    pairs = zip(data.FACTS, data.HABITS[level], strict=True)
+    pairs = zip(data.FACTS, data.wrong_habits(data.LEVELS[level]), strict=True)
     return {fact: wrong for fact, wrong in pairs if wrong is not None}
 
 
@@ -90,18 +92,20 @@ def test_problems(level, split):
             value = eval(f"{value}{op}{b}") % 10
         assert p["answer"] == str(value)
         lengths[len(operations)] += 1
-    low, high, _ = data.LEVELS[level]
+        if data.LEVELS[level].any_order:
+            assert len(set(operations)) == len(operations)
+    low, high = data.LEVELS[level].operations
     assert sorted(lengths) == list(range(low, high + 1))
     assert min(lengths.values()) > 0.5 * 500 / (high - low + 1)
 
 
 def test_the_habits():
     assert len(data.FACTS) == len(set(data.FACTS)) == 240
-    for level, (_, _, share) in data.LEVELS.items():
+    for level, what in data.LEVELS.items():
         habits = habits_of(level)
-        assert len(habits) == round(share * 240)
+        assert len(habits) == round(what.shaky * 80 * len(what.signs))
         for fact, wrong in habits.items():
-            assert 0 <= wrong <= 9 and wrong != data.digit(*fact)
+            assert 0 <= wrong <= 9 and wrong != data.digit(*fact) and fact[1] in what.signs
     assert len(habits_of("builtin")) == 72  # 30%
 
 
@@ -117,22 +121,28 @@ def test_the_student_errs_by_habit_alone(level):
                 followed[False] += fact in habits
                 assert result == data.digit(*fact)
     n = followed.total()
-    assert abs(followed[True] / n - data.HABIT_RATE) < 4 * math.sqrt(0.24 / n)
+    assert abs(followed[True] / n - data.LEVELS[level].rate) < 4 * math.sqrt(0.24 / n)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("kind", ["hard", "soft", "correct"])
 def test_solutions(level, kind):
     problems = data.make_problems(100, seed=1, level=level)
     rows = data.make_trajectories(problems, 3, 4, kind, 1, level)
     assert [row["prompt"] for row in rows] == [p["question"] for p in problems for _ in range(3)]
+    orders = collections.Counter()
     for row in rows:
         before, operations = parsed(row["prompt"])
         *steps, box = row["completions"]
-        errors = []
-        for t, (step, (op, b)) in enumerate(zip(steps, operations, strict=True)):
+        errors, done = [], [(step[1], int(step[2])) for step in steps]
+        if data.LEVELS[level].any_order:
+            orders[done == operations] += 1
+            done, operations = sorted(done), sorted(operations)
+        assert done == operations
+        for t, step in enumerate(steps):
             left, result = step.split("=")
-            assert left == f"{before}{op}{b}"  # it goes on from what it wrote, right or wrong
+            op, b = left[1], int(left[2:])
+            assert left[0] == str(before)  # it goes on from what it wrote, right or wrong
             if int(result) != data.digit(before, op, b):
                 errors.append(t)
             before = int(result)
@@ -142,10 +152,17 @@ def test_solutions(level, kind):
         assert row["correct"] is correct is verify(STEP_END.join(row["completions"]), row["answer"])
         assert correct or errors  # an error can cancel out, a right chain cannot be wrong
         labels = row["labels"]
-        assert len(labels) == len(row["completions"]) and labels[-2:] == [float(correct)] * 2
-        assert set(labels) <= ({0, 1} if kind == "hard" else {0, 0.25, 0.5, 0.75, 1})
+        assert len(labels) == len(row["completions"])
+        if kind == "correct":
+            right = errors[0] if errors else len(labels)
+            assert labels == [1.0] * right + [0.0] * (len(labels) - right)
+        else:
+            assert labels[-2:] == [float(correct)] * 2
+            assert set(labels) <= ({0, 1} if kind == "hard" else {0, 0.25, 0.5, 0.75, 1})
         assert all(isinstance(label, float) for label in labels)
     assert any(row["correct"] and row["first_error"] >= 0 for row in rows)
+    if orders:  # of n operations n! orders, of 3 to 5: 6, 24, 120
+        assert 0.01 < orders[True] / orders.total() < 0.15
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -157,14 +174,20 @@ def test_hard_labels_say_whether_any_rollout_was_right(level):
     assert all(row["labels"] is None for row in solutions(rollouts=0, level=level))
 
 
-def right_from(value, operations, answer, habits):
-    """The exact probability that the student reaches `answer`."""
+def right_from(value, operations, answer, habits, level):
+    """The exact probability that the student reaches `answer`: the mean over the orders in which
+    it may go on."""
+    if level.any_order:
+        chain, orders = dataclasses.replace(level, any_order=False), itertools.permutations(
+            operations
+        )
+        return np.mean([right_from(value, order, answer, habits, chain) for order in orders])
     chances = {value: 1.0}
     for op, b in operations:
         then = collections.Counter()
         for v, chance in chances.items():
             wrong = habits.get((v, op, b))
-            follow = 0.0 if wrong is None else data.HABIT_RATE
+            follow = 0.0 if wrong is None else level.rate
             then[data.digit(v, op, b)] += chance * (1 - follow)
             if follow:
                 then[wrong] += chance * follow
@@ -176,15 +199,17 @@ def right_from(value, operations, answer, habits):
 def test_soft_labels_approach_the_exact_probability(level):
     errors, habits = [], habits_of(level)
     for row in solutions(6, 1, 800, "soft", level=level):
-        _, operations = parsed(row["prompt"])
+        operations = [(step[1], int(step[2])) for step in row["completions"][:-1]]
         for t, label in enumerate(row["labels"][:-1]):
             value, rest = int(row["completions"][t][4:]), operations[t + 1 :]
-            errors.append(label - right_from(value, rest, int(row["answer"]), habits))
+            exact = right_from(value, rest, int(row["answer"]), habits, data.LEVELS[level])
+            errors.append(label - exact)
     assert max(map(abs, errors)) < 5 * math.sqrt(0.25 / 800) and abs(np.mean(errors)) < 0.02
 
 
 @pytest.mark.parametrize(
-    "level, low, high", [("builtin", 0.44, 0.51), ("builtin-hard", 0.03, 0.35)]
+    "level, low, high",
+    [("builtin", 0.44, 0.51), ("builtin-hard", 0.03, 0.35), ("builtin-choice", 0.25, 0.35)],
 )
 def test_pass_rate(level, low, high):
     """About one solution in two is right on the default level: as much to learn from either."""

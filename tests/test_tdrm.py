@@ -3,6 +3,7 @@ against many, model folders of every kind, gradients that depend on nothing but 
 
 import dataclasses
 import itertools
+import functools
 import json
 import math
 import os
@@ -835,6 +836,17 @@ def runs(home, tmp_path_factory):
             cfg = config(home, folder / method, method=method, problems=60)
             tdrm.main(cfg, Processes())
     return folder
+
+
+def test_labels_of_the_level_with_a_choice():
+    """`--label_kind correct`: right until the first wrong step, for training and evaluation."""
+    cfg = tdrm.Config(data=("builtin-choice",), label_kind="correct", problems=50)
+    encode = functools.partial(data.encode_trajectory, data.builtin_tokenizer())
+    examples, held_out, labelled, _ = tdrm.load_data(cfg, "builtin-choice", encode)
+    assert labelled and len(examples) == 200 and len(held_out) == 2000
+    for e in [*examples, *held_out]:
+        right = e.first_error if e.first_error >= 0 else len(e.step_ends)
+        assert list(e.labels) == [1.0] * right + [0.0] * (len(e.step_ends) - right)
 
 
 @pytest.mark.parametrize("method", tdrm.METHODS)
