@@ -75,16 +75,6 @@ class Panel:
         for y in (low, high):
             self.parts.append(segment(place - 3, y, place + 3, y, colour))
 
-    def box(self, x, shift, quantiles, colour, width=14):
-        """A whisker from the first to the last of five quantiles, a box around the middle three."""
-        low, q1, middle, q3, high = map(self.y, quantiles)
-        centre, tall = self.x(x) + shift, max(1, round(q1 - q3, 1))
-        left, right = centre - width / 2, centre + width / 2
-        shape = f'x="{left}" y="{q3}" width="{width}" height="{tall}"'
-        self.parts.append(segment(centre, low, centre, high, colour))
-        self.parts.append(f'<rect {shape} fill="{colour}" opacity="0.6"/>')
-        self.parts.append(segment(left, middle, right, middle, colour, 2))
-
 
 def legend(entries):
     """One row above the axes: (name, colour, style) each."""
@@ -186,18 +176,6 @@ def traces(path, solutions):
     write(path, title, shown, "value", parts + legend(entries))
 
 
-def td_error(path, groups):
-    """{method: [five quantiles of each step]} as boxes side by side."""
-    steps = list(range(1, max(map(len, groups.values())) + 1))
-    panel = Panel(steps, "step", margin=0.5)
-    for i, (name, rows) in enumerate(groups.items()):
-        for x, quantiles in zip(steps, rows):
-            panel.box(x, 18 * (i - (len(groups) - 1) / 2), quantiles, COLOURS[name])
-    parts = panel.parts + legend([(name, COLOURS[name], "") for name in groups])
-    title = "TD errors hardly differ"
-    write(path, title, "by step: quantiles 5, 25, 50, 75, 95%; cut at 1", "TD error", parts)
-
-
 def search_figures(results, at):
     level = ("one sample", spread(results["pass@1 @ 1"])[0])
 
@@ -243,7 +221,7 @@ def budget(path, results):
         ("TDRM, step labels", "dashed"),
     ):
         if name in results:
-            points = [(int(b), *spread(r["greedy"])) for b, r in results[name].items()]
+            points = [(int(b), *spread(r)) for b, r in results[name].items()]
             series[name, name.split(",")[0], style] = points
     title = "For the same tokens, outcomes teach more than step labels"
     shown = "greedy search, b = 8, on 500 held-out problems; 95% intervals"
@@ -308,7 +286,6 @@ def draw(results, folder):
 
     if "tdrm" in results:
         traces(at("traces"), results["tdrm"]["traces"])
-        td_error(at("td-error"), results["tdrm"]["td_error_by_step"])
     if "search" in results:
         search_figures(results["search"], at)
     if "choice" in results:

@@ -220,16 +220,10 @@ def tdrm(study):
     for m in METHODS:
         found = [summary(folders[m, s]) for s in range(study.seeds)]
         results[m] = {key: [one[key] for one in found] for key in MEASURES}
-    # Value traces and TD errors by step, all on the same held-out solutions.
-    problems = data.make_problems(study.size(500, 60), "test")
-    rows, errors, traces = data.make_trajectories(problems, 2, 4, seed=1), {}, {}
-    for m, s in itertools.product(("ScalarPRM", "TDRM"), range(study.seeds)):
-        examples, values, _ = step_values(folders[m, s] + "/model", rows)
-        traces.setdefault(m, values)  # of the first seed
-        by_step = errors.setdefault(m, {})
-        for t, error in td_errors(examples, values):
-            by_step.setdefault(t, []).append(error)
-    results["td_error_by_step"] = {m: quantiles(by_step) for m, by_step in errors.items()}
+    problems, traces = data.make_problems(study.size(500, 60), "test"), {}
+    rows = data.make_trajectories(problems, 2, 4, seed=1)
+    for m in ("ScalarPRM", "TDRM"):
+        examples, traces[m], _ = step_values(folders[m, 0] + "/model", rows)
     results["traces"] = []
     for title, i in tdrm_chapter.choose_three(examples):
         values = {m: [round(x, 3) for x in traces[m][i]] for m in traces}
@@ -243,21 +237,6 @@ def step_values(folder, rows):
     reward = load_reward_model(at(folder), torch.float32)
     examples, _ = data.encode_rows(rows, reward.encode, 2048)
     return examples, reward.score_steps(examples, Processes()), reward.kind
-
-
-def td_errors(examples, values):
-    """Yield (t, |r_t + gamma V_t+1 - V_t|) of every step but the last."""
-    cfg = tdrm_chapter.Config()
-    for e, v in zip(examples, values):
-        labels, mask = torch.tensor([e.labels]), torch.ones(1, len(v))
-        rewards = tdrm_chapter.shaped_rewards(labels, mask, cfg.correct, cfg.wrong)[0].tolist()
-        for t in range(len(v) - 1):
-            yield t, abs(rewards[t] + cfg.gamma * v[t + 1] - v[t])
-
-
-def quantiles(by_step):
-    levels = (0.05, 0.25, 0.5, 0.75, 0.95)
-    return [np.quantile(by_step[t], levels).round(3).tolist() for t in sorted(by_step)]
 
 
 def search(study):
@@ -285,11 +264,9 @@ CONSTANT = "--correct 0.5 0.5 --wrong -0.5 -0.5"
 TARGETS = {
     "ScalarPRM": "--method ScalarPRM",
     "TDRM, n = 1": "--n_step 1",
-    "TDRM, n = 2": "--n_step 2",
     "TDRM, n = 3": "",
     "TDRM, lambda 0.9": "--lam 0.9",
     "TDRM, gamma 0.6": "--gamma 0.6",
-    "TDRM, gamma 1": "--gamma 1",
     "TDRM, no step rewards": NO_REWARDS,
     "outcomes only, TDRM n = 3": "--label_rollouts 0 --n_step 3",
     "outcomes only, TDRM n = T": "--label_rollouts 0",
@@ -300,13 +277,13 @@ def targets(study):
     """Every setting under every seed: its measures, and greedy search (b = 8)."""
     settings, outs, commands = study.choose(TARGETS), {}, {}
     for s, (name, options) in itertools.product(range(study.seeds), settings.items()):
-        out = outs[name, s] = f"{study.place}/sweep-{slug(name)}-{s}"
+        out = outs[name, s] = f"{study.place}/targets-{slug(name)}-{s}"
         base = f"{TDRM} --model {study.policy()} --seed {s} --problems {study.size(8000, 50)}"
         commands[out] = f"{base} {options}"
     study.run(commands)
     folders = [{key: f"{outs[key, s]}/model" for key in settings} for s in range(study.seeds)]
     results = {name: {} for name in settings}
-    for s, found in enumerate(study.search("sweep-search", folders, 16)):
+    for s, found in enumerate(study.search("targets-search", folders, 4)):
         for name, row in results.items():
             numbers = {measure: summary(outs[name, s]).get(measure) for measure in MEASURES}
             numbers["greedy"] = found["greedy search 8", name, 1]
@@ -427,7 +404,7 @@ def spend(budget, kind, seed):
 
 
 def budget(study):
-    """Each learner at each budget: greedy search (b = 8) and best-of-16."""
+    """Each learner at each budget: the accuracy of greedy search, b = 8."""
     budgets, learners = study.size(BUDGETS, [1000]), LEARNERS
     if study.quick:
         learners = study.choose(LEARNERS)
@@ -449,12 +426,11 @@ def budget(study):
     folders = [
         {key[:2]: f"{outs[key]}/model" for key in outs if key[2] == s} for s in range(study.seeds)
     ]
-    results, n = {}, study.size(16, 4)
-    for found in study.search("budget-search", folders, 16):
+    results = {}
+    for found in study.search("budget-search", folders, 4):
         for name, b in itertools.product(learners, budgets):
-            row = results.setdefault(name, {}).setdefault(str(b), {"greedy": [], "best-of-n": []})
-            row["greedy"].append(found["greedy search 8", (name, b), 1])
-            row["best-of-n"].append(found["best-of-n", (name, b), n])
+            row = results.setdefault(name, {}).setdefault(str(b), [])
+            row.append(found["greedy search 8", (name, b), 1])
     return results
 
 
@@ -504,8 +480,8 @@ AGAIN += ("control: policy reference, offline-trained PRM, shuffled",)
 
 
 def curves(study, script, settings, prefix, seeds):
-    """Runs of an RL script on the hard level under every setting and seed -> {setting: {"curve": of
-    each seed, and by_tens of what its metrics have}}."""
+    """Runs of an RL script on the hard level under every setting and seed -> {setting: {"curve",
+    and of PRIME the "pair_accuracy", of each seed}}."""
     base = f"{script} --model {study.policy(HARD)} {study.size(LIMITS, TINY)}"
     outs, results = {}, {}
     for s in seeds:
@@ -516,9 +492,8 @@ def curves(study, script, settings, prefix, seeds):
     for name, runs in outs.items():
         results[name] = {"curve": [curve(out) for out in runs]}
         steps = [metrics(out)[1:] for out in runs]  # the first row is the evaluation at the start
-        for key in ("correct", "pair_accuracy", "prm_auroc", "truncated"):
-            if key in steps[0][0]:
-                results[name][key] = [by_tens(rows, key) for rows in steps]
+        if "pair_accuracy" in steps[0][0]:
+            results[name]["pair_accuracy"] = [by_tens(rows, "pair_accuracy") for rows in steps]
     return results
 
 
@@ -591,7 +566,7 @@ def qrm(study):
     study.run(commands)
     tdrms = study.reward_models()
     outs |= {("TDRM", s): tdrms["TDRM", s] for s in seeds}
-    names, counts = [*kinds, "TDRM"], study.size((4, 8, 16, 32, 64), (4,))
+    names, counts = [*kinds, "TDRM"], study.size((4, 16, 64), (4,))
     folders = [{name: outs[name, s] + "/model" for name in names} for s in seeds]
     rows = data.make_trajectories(data.make_problems(study.size(500, 60), "test"), 2, seed=1)
     columns = ("pair_accuracy", "first_wrong_step", "greedy", "best-of-n")

@@ -96,18 +96,16 @@ def choice(results):
 
 def budget(results):
     budgets = list(next(iter(results.values())))
-    for what, title in (("greedy", "greedy search, b = 8"), ("best-of-n", "best-of-16")):
-        head = [title + "; tokens spent on data:", *[f"{int(b):,}" for b in budgets]]
-        rows = [[name, *[cell(row[b][what]) for b in budgets]] for name, row in results.items()]
-        yield f"budget-{what}", table(head, rows)
+    head = ["greedy search, b = 8; tokens spent on data:", *[f"{int(b):,}" for b in budgets]]
+    yield "budget", table(head, [[name, *map(cell, row.values())] for name, row in results.items()])
 
 
 def qrm(results):
-    counts, rows = (4, 8, 16, 32, 64), []
+    counts, rows = (4, 16, 64), []
     for name, r in results.items():
         keys = ("pair_accuracy", "first_wrong_step", "greedy")
         best = [cell(column) for column in zip(*r["best-of-n"])]
-        rows.append([name, *[cell(r[key]) if r[key] else "" for key in keys], *(best or [""] * 5)])
+        rows.append([name, *[cell(r[key]) if r[key] else "" for key in keys], *best])
     head = [
         "reward model",
         "pair accuracy",
@@ -163,11 +161,6 @@ def by_step(runs):
 
 def rl(results):
     yield "rl", curve_table(results, "rule-only")
-    rows = []
-    for name, r in results.items():
-        if "prm_auroc" in r:
-            rows.append([name, *by_step(r["prm_auroc"]), cell([run[-1] for run in r["truncated"]])])
-    yield "rl-auroc", table(["rewards", *TENS, "truncated at the end"], rows)
 
 
 def prime(results):
@@ -188,6 +181,14 @@ def qrm_rl(results):
     yield "qrm-rl", curve_table(results, "REINFORCE, ORM", rising=False)
 
 
+def measured(results):
+    rows = []
+    for part, row in results.items():
+        minutes = round(row["core_seconds"] / 120) if row["core_seconds"] else ""
+        rows.append([f"`{part}`", row["commit"], row["seeds"], minutes])
+    yield "measured", table(["part", "commit", "seeds", "minutes of two cores"], rows)
+
+
 TABLES = {
     "tdrm": tdrm,
     "search": search,
@@ -198,6 +199,7 @@ TABLES = {
     "prime": prime,
     "qrm": qrm,
     "qrm-rl": qrm_rl,
+    "measured": measured,
 }
 
 
@@ -207,9 +209,9 @@ def write_page(results, path):
         text = f.read()
     for part, make in TABLES.items():
         for name, lines in make(results[part]) if part in results else ():
-            begin, end = f"<!-- study:{name} -->\n", "\n<!-- end -->"
+            begin, end = f"<!-- study:{name} -->\n", "<!-- end -->"
             head, found, rest = text.partition(begin)
             if found:
-                text = head + begin + lines + end + rest.partition(end)[2]
+                text = f"{head}{begin}{lines}\n{end}{rest.partition(end)[2]}"
     with open(path, "w") as f:
         f.write(text)
