@@ -15,11 +15,11 @@ The built-in task is one-digit arithmetic in a chain, the last digit kept: "7+8*
 "7+8=5", "5*3=5", "5-5=0", "\\boxed{0}". Its solutions come from a *student with habits*, who gets
 30% of the 240 facts wrong 60% of the time, always with the same wrong digit. So errors are
 systematic: majority voting repeats them, and a verifier has something to win. Three levels:
-`builtin` (3 to 6 operations); `builtin-hard` (8 to 14, 37.5% of the facts), for studies in which the
-first is solved too soon; and `builtin-choice`, whose 3 to 5 different additions and subtractions may
-be done in any order ("0-4+4+6" as "0+4=4", "4-4=0", "0+6=6"). There several next steps are right,
-and not all are as promising: an order can avoid the facts that the student gets wrong (40% of them,
-70% of the time).
+`builtin` (3 to 6 operations); `builtin-hard` (8 to 14, 37.5% of the facts), for studies in which
+the first is solved too soon; and `builtin-choice`, whose 3 to 5 different additions and
+subtractions may be done in any order ("0-4+4+6" as "0+4=4", "4-4=0", "0+6=6"). There several next
+steps are right, and not all are as promising: an order can avoid the facts that the student gets
+wrong (40% of them, 70% of the time).
 
 Left out on purpose: packing several trajectories into one row (simple, and faster only with a
 varlen attention kernel).

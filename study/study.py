@@ -293,8 +293,8 @@ def targets(study):
 
 
 # --------------------------------------------------------------------------------------------------
-# When are TD targets worth it? A task in which right steps differ in promise, and labels that do not
-# say so: 16,000 student solutions, each step labelled right or wrong.
+# When are TD targets worth it? A task in which right steps differ in promise, and labels that do
+# not say so: 16,000 student solutions, each step labelled right or wrong.
 
 SEARCHED = {f"greedy, b = {b}": (f"greedy search {b}", 1) for b in (2, 4, 8, 16)}
 SEARCHED |= {f"best-of-{n}": ("best-of-n", n) for n in (4, 16)}
