@@ -64,7 +64,7 @@ class Level:
 LEVELS = {
     "builtin": Level((3, 6), 0.3),
     "builtin-hard": Level((8, 14), 0.375, batches=1200),
-    "builtin-choice": Level((3, 5), 0.4, 0.7, "+-", any_order=True, batches=1200),
+    "builtin-choice": Level((3, 5), 0.4, 0.7, "+-", any_order=True, batches=2200),
 }
 FACTS = [(a, op, b) for a in range(10) for op in "+-*" for b in range(2, 10)]
 OPERATIONS = [f"{op}{b}" for _, op, b in FACTS[:24]]  # a fact's place: 24 * value + operation's

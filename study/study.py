@@ -138,7 +138,8 @@ class Study:
         level = self.size(level, "builtin")
         name, size = level.removeprefix("builtin"), self.size("", "--steps 30 --eval_problems 20")
         outs = {s: f"{self.place}/sft{name}{f'-{s}' if s else ''}" for s in seeds}
-        base = f"sft_minimal.py --data {level} {size}"
+        lr = "--lr 6e-3" if level.startswith(CHOICE) else ""
+        base = f"sft_minimal.py --data {level} {lr} {size}"
         self.run({out: f"{base} --seed {s}" for s, out in outs.items()})
         return [outs[s] + "/model" for s in seeds]
 
@@ -325,14 +326,17 @@ def choice(study):
     """TDRM and ScalarPRM under twice the seeds, each with data and a policy of its own; then, under
     half of them, what should make the difference larger or vanish."""
     rows = {"TDRM, n = 1": CHOICE_SWEEP["n = 1, as above"], "TDRM, n = 3": CHOICE_SWEEP["n = 3"]}
-    options = study.size("--n 16 --expand 2 4 8 16", "--n 16 --expand 2 4 8 16 --problems 4")
-    found, methods = contest(study, rows, range(2 * study.seeds), options, "choice-search"), {}
+    options = f"--problems {study.size(1000, 4)} --expand"
+    found, methods = (
+        contest(study, rows, range(2 * study.seeds), options + " 2 4 8 16", "choice"),
+        {},
+    )
     found["ScalarPRM"] = found["TDRM, n = 1"]
     for name in ("ScalarPRM", *rows):
         mine = found[name][name.partition(",")[0]]
         methods[name] = {title: [f[key] for f in mine] for title, key in SEARCHED.items()}
-    options, sweep = study.size("--n 4 --expand 8", "--n 4 --expand 8 --problems 4"), {}
-    found = contest(study, study.choose(CHOICE_SWEEP), range(study.seeds), options, "choice-sweep")
+    rows, options, sweep = study.choose(CHOICE_SWEEP), options + " 8 --n 4", {}
+    found = contest(study, rows, range(study.seeds), options, "sweep")
     for name, pair in found.items():
         sweep[name] = {m: [f["greedy search 8", 1] for f in mine] for m, mine in pair.items()}
     return {"methods": methods, "sweep": sweep}
