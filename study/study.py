@@ -326,11 +326,8 @@ def choice(study):
     """TDRM and ScalarPRM under twice the seeds, each with data and a policy of its own; then, under
     half of them, what should make the difference larger or vanish."""
     rows = {"TDRM, n = 1": CHOICE_SWEEP["n = 1, as above"], "TDRM, n = 3": CHOICE_SWEEP["n = 3"]}
-    options = f"--problems {study.size(1000, 4)} --expand"
-    found, methods = (
-        contest(study, rows, range(2 * study.seeds), options + " 2 4 8 16", "choice"),
-        {},
-    )
+    options, seeds = f"--problems {study.size(1000, 4)} --expand", range(2 * study.seeds)
+    found, methods = contest(study, rows, seeds, options + " 2 4 8 16", "choice"), {}
     found["ScalarPRM"] = found["TDRM, n = 1"]
     for name in ("ScalarPRM", *rows):
         mine = found[name][name.partition(",")[0]]
