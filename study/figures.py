@@ -155,6 +155,26 @@ def differences(path, title, shown, rows, x_label):
     write(path, title, shown, "", parts)
 
 
+def dots(path, title, shown, rows, x_label):
+    """[(name, number, low, high, colour)] one below the other, on an axis from 0 to 1."""
+    left, right, tall = 200, WIDTH - RIGHT, (HEIGHT - BOTTOM - TOP + 24) / len(rows)
+    parts = [text((left + right) / 2, HEIGHT - 6, x_label, "middle")]
+
+    def x(number):
+        return round(left + number * (right - left), 1)
+
+    for tick in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        ends = f'x1="{x(tick)}" x2="{x(tick)}" y1="{TOP - 24}" y2="{HEIGHT - BOTTOM}"'
+        parts.append(f'<line class="g" {ends}/>')
+        parts.append(text(x(tick), HEIGHT - BOTTOM + 16, f"{tick:g}", "middle"))
+    for i, (name, number, low, high, colour) in enumerate(rows):
+        y = round(TOP - 24 + (i + 0.5) * tall, 1)
+        parts.append(text(left - 12, y + 4, name, "end"))
+        parts.append(segment(x(low), y, x(high), y, colour, 2))
+        parts.append(f'<circle cx="{x(number)}" cy="{y}" r="3.5" fill="{colour}"/>')
+    write(path, title, shown, "", parts)
+
+
 # --------------------------------------------------------------------------------------------------
 # The figures. A title says what the committed results show.
 
@@ -278,6 +298,17 @@ def curves(path, part, results):
     lines(path, title, shown, series, "questions seen", "pass@1")
 
 
+def real(path, results):
+    """Whose solution to take: the reward models' choices in their colours, the rest in grey."""
+    rows = []
+    for who, found in results["choices"].items():
+        colour = COLOURS.get(who.removeprefix("best of four, "), GREY)
+        rows.append((who, *found["accuracy"], colour))
+    title = "Which of four solutions? Real text, a reward model of 135M parameters"
+    shown = "319 held-out questions of GSM8K; 95% intervals over the questions"
+    dots(path, title, shown, rows, "share of questions answered right")
+
+
 def draw(results, folder):
     """All figures that the results allow."""
 
@@ -292,6 +323,8 @@ def draw(results, folder):
         choice(at("choice"), results["choice"])
     if "budget" in results:
         budget(at("budget"), results["budget"])
+    if "real" in results:
+        real(at("real"), results["real"])
     for part in CURVES:
         if part in results:
             curves(at(part), part, results[part])

@@ -181,6 +181,22 @@ def qrm_rl(results):
     yield "qrm-rl", curve_table(results, "REINFORCE, ORM", rising=False)
 
 
+def real(results):
+    """Of a number with its interval (number, low, high), half the interval is shown."""
+
+    def shown(found):
+        return f"{found[0]:.3f} ± {(found[2] - found[1]) / 2:.3f}" if found else ""
+
+    keys = ("auroc_middle", "auroc_second_last", "calibration_error", "abs_delta_v", "lipschitz")
+    names = {key: MEASURES[key] for key in keys[:2]} | {"auroc_last": "AUROC, last"}
+    names["auroc_one_author"] = "last, one author's"
+    names |= {key: MEASURES[key] for key in keys[2:]}
+    rows = [[who, *[shown(r.get(key)) for key in names]] for who, r in results["values"].items()]
+    yield "real", table(["319 questions of GSM8K", *names.values()], rows)
+    rows = [[who, shown(r["accuracy"]), shown(r["gain"])] for who, r in results["choices"].items()]
+    yield "real-choices", table(["whose solution", "right", "minus 175b_verification"], rows)
+
+
 def measured(results):
     rows = []
     for part, row in results.items():
@@ -199,6 +215,7 @@ TABLES = {
     "prime": prime,
     "qrm": qrm,
     "qrm-rl": qrm_rl,
+    "real": real,
     "measured": measured,
 }
 
