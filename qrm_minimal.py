@@ -218,10 +218,9 @@ def load_data(cfg, level, tokenizer, procs):
     """-> training Pairs, held-out Pairs, held-out trajectories that know their first wrong step,
     number of pairs left out."""
     trajectories, held_out = [], None
-    if level:
+    if level and not cfg.pairs_from:
         test = data.make_problems(cfg.eval_problems, "test", 0, level)
         trajectories = data.make_trajectories(test, 2, seed=1, level=level)
-    if level and not cfg.pairs_from:
         problems = data.make_problems(cfg.problems or 12_000, "train", cfg.seed, level)
         pairs = sample_pairs(problems, 0, cfg, tokenizer, procs)
         held_out = sample_pairs(test, 10**6, cfg, tokenizer, procs)
