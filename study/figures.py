@@ -125,53 +125,27 @@ def lines(path, title, shown, series, x_label, y_label, log=False, level=None):
     write(path, title, shown, y_label, panel.parts + legend(entries))
 
 
-def differences(path, title, shown, rows, x_label):
-    """[(name, mean, half an interval)] one below the other, about a line at zero; a row without a
-    number is a heading."""
-    left, right, reach = 300, WIDTH - RIGHT, max(abs(m) + h for _, m, h in rows if m is not None)
-    parts, tall = [], (HEIGHT - BOTTOM - TOP + 24) / len(rows)
-
-    def x(number):
-        return round((left + right) / 2 + number / reach * (right - left) / 2, 1)
-
-    for tick in (-0.1, -0.05, 0, 0.05, 0.1):
-        if abs(tick) <= reach:
-            parts.append(
-                segment(x(tick), TOP - 24, x(tick), HEIGHT - BOTTOM, GREY, 1 + (tick == 0))
-            )
-            parts.append(
-                text(x(tick), HEIGHT - BOTTOM + 16, f"{tick:+g}" if tick else "0", "middle")
-            )
-    for i, (name, mean, half) in enumerate(rows):
-        y = round(TOP - 24 + (i + 0.6) * tall, 1)
-        if mean is None:
-            parts.append(text(16, y + 4, f"<tspan font-weight='bold'>{name}</tspan>"))
-            continue
-        colour = COLOURS["TDRM" if mean > 0 else "ScalarPRM"]
-        parts.append(text(left - 12, y + 4, name, "end"))
-        parts.append(segment(x(mean - half), y, x(mean + half), y, colour, 2))
-        parts.append(f'<circle cx="{x(mean)}" cy="{y}" r="3.5" fill="{colour}"/>')
-    parts.append(text((left + right) / 2, HEIGHT - 6, x_label, "middle"))
-    write(path, title, shown, "", parts)
-
-
-def dots(path, title, shown, rows, x_label):
-    """[(name, number, low, high, colour)] one below the other, on an axis from 0 to 1."""
-    left, right, tall = 200, WIDTH - RIGHT, (HEIGHT - BOTTOM - TOP + 24) / len(rows)
+def dots(path, title, shown, rows, ticks, x_label, left=200):
+    """[(name, number, low, high, colour)] one below the other; a row of a name alone is a heading.
+    The axis goes from the first tick to the last; what reaches beyond is cut."""
+    right, tall = WIDTH - RIGHT, (HEIGHT - BOTTOM - TOP + 24) / len(rows)
     parts = [text((left + right) / 2, HEIGHT - 6, x_label, "middle")]
 
     def x(number):
-        return round(left + number * (right - left), 1)
+        share = (number - ticks[0]) / (ticks[-1] - ticks[0])
+        return round(left + min(1, max(0, share)) * (right - left), 1)
 
-    for tick in (0, 0.2, 0.4, 0.6, 0.8, 1):
+    for tick in ticks:
         ends = f'x1="{x(tick)}" x2="{x(tick)}" y1="{TOP - 24}" y2="{HEIGHT - BOTTOM}"'
         parts.append(f'<line class="g" {ends}/>')
         parts.append(text(x(tick), HEIGHT - BOTTOM + 16, f"{tick:g}", "middle"))
-    for i, (name, number, low, high, colour) in enumerate(rows):
+    for i, (name, *numbers) in enumerate(rows):
         y = round(TOP - 24 + (i + 0.5) * tall, 1)
-        parts.append(text(left - 12, y + 4, name, "end"))
-        parts.append(segment(x(low), y, x(high), y, colour, 2))
-        parts.append(f'<circle cx="{x(number)}" cy="{y}" r="3.5" fill="{colour}"/>')
+        parts.append(text(left - 12, y + 4, name, "end", size=11 if numbers else 12))
+        if numbers:
+            number, low, high, colour = numbers
+            parts.append(segment(x(low), y, x(high), y, colour, 2))
+            parts.append(f'<circle cx="{x(number)}" cy="{y}" r="3.5" fill="{colour}"/>')
     write(path, title, shown, "", parts)
 
 
@@ -220,15 +194,21 @@ def search_figures(results, at):
 
 def choice(path, results):
     """TDRM minus ScalarPRM, paired: under all seeds by b, and at b = 8 for what the sweep changes."""
-    base, rows = results["methods"]["ScalarPRM"], [("ten seeds, n = 1", None, None)]
-    for key, numbers in results["methods"]["TDRM, n = 1"].items():
-        rows.append((key, *spread([x - y for x, y in zip(numbers, base[key])])))
-    rows.append(("five seeds, greedy search, b = 8", None, None))
-    for name, row in results["sweep"].items():
-        rows.append((name, *spread([x - y for x, y in zip(row["TDRM"], row["ScalarPRM"])])))
-    title = "Where TD targets help: several right steps, labelled right or wrong"
+    a, b = (results["methods"][name] for name in ("TDRM, n = 1", "ScalarPRM"))
+    pairs = {"ten seeds, n = 1": None} | {key: (a[key], b[key]) for key in a}
+    pairs["five seeds, greedy, b = 8"] = None
+    pairs |= {name: (row["TDRM"], row["ScalarPRM"]) for name, row in results["sweep"].items()}
+    rows = []
+    for name, pair in pairs.items():
+        rows.append([name])
+        if pair:
+            mean, half = spread([x - y for x, y in zip(*pair)])
+            colour = COLOURS["TDRM" if mean > 0 else "ScalarPRM"]
+            rows[-1] += [mean, mean - half, mean + half, colour]
+    title = "TD targets"
     shown = "accuracy with a TDRM minus accuracy with a ScalarPRM, paired by seed; 95% intervals"
-    differences(path, title, shown, rows, "ScalarPRM better           TDRM better")
+    ticks = (-0.1, -0.05, 0, 0.05, 0.1)
+    dots(path, title, shown, rows, ticks, "left: ScalarPRM better; right: TDRM better", left=240)
 
 
 def budget(path, results):
@@ -306,7 +286,7 @@ def real(path, results):
         rows.append((who, *found["accuracy"], colour))
     title = "Which of four solutions? Real text, a reward model of 135M parameters"
     shown = "319 held-out questions of GSM8K; 95% intervals over the questions"
-    dots(path, title, shown, rows, "share of questions answered right")
+    dots(path, title, shown, rows, (0, 0.2, 0.4, 0.6, 0.8), "share of questions answered right")
 
 
 def draw(results, folder):

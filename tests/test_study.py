@@ -77,7 +77,7 @@ def test_the_page_and_its_figures_are_those_of_the_results(tmp_path):
     page.write_text(read("README.md"))
     tables.write_page(results, page)
     assert page.read_text() == read("README.md")
-    names = [*NAMES.split(), "measured"]
+    names = [*NAMES.split(), "real", "real-choices", "measured"]
     assert sorted(re.findall("<!-- study:(.*) -->", page.read_text())) == sorted(names)
     figures.draw(results, tmp_path)
     for name in re.findall(r"figures/(.*?\.svg)", read("README.md")):
