@@ -192,12 +192,12 @@ def search_figures(results, at):
     lines(path, title, shown.format("best-of-n"), best, "samples", "accuracy", **shape)
 
 
-def choice(path, results):
+def choice(path, methods, sweep):
     """TDRM minus ScalarPRM, paired: under all seeds by b, and at b = 8 for what the sweep changes."""
-    a, b = (results["methods"][name] for name in ("TDRM, n = 1", "ScalarPRM"))
+    a, b = methods["TDRM, n = 1"], methods["ScalarPRM"]
     pairs = {"ten seeds, n = 1": None} | {key: (a[key], b[key]) for key in a}
-    pairs["five seeds, greedy, b = 8"] = None
-    pairs |= {name: (row["TDRM"], row["ScalarPRM"]) for name, row in results["sweep"].items()}
+    pairs |= {"five seeds, greedy, b = 8": None} if sweep else {}
+    pairs |= {name: (row["TDRM"], row["ScalarPRM"]) for name, row in sweep.items()}
     rows = []
     for name, pair in pairs.items():
         rows.append([name])
@@ -300,7 +300,7 @@ def draw(results, folder):
     if "search" in results:
         search_figures(results["search"], at)
     if "choice" in results:
-        choice(at("choice"), results["choice"])
+        choice(at("choice"), results["choice"], results.get("choice-sweep", {}))
     if "budget" in results:
         budget(at("budget"), results["budget"])
     if "real" in results:

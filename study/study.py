@@ -1,18 +1,19 @@
 """Which of the three papers' claims hold in miniature? `python study/study.py [PART ...]`.
 
-    tdrm     ScalarORM, ScalarPRM, TDRM on held-out solutions: smoothness, calibration, AUROC
-    search   greedy search and best-of-n on 1000 held-out problems with those reward models
-    targets  what n, lambda, gamma and the step rewards do
-    choice   several right steps, labelled right or wrong: when are TD targets worth it?
-    budget   search accuracy against the tokens spent on data, for every kind of reward model
-    rl       rule-only, blended and PRM-only rewards on the hard level
-    prime    PRIME against outcomes only, its design choices, and controls, on the hard level
-    qrm      Q-RM, ORM and DPO-RM, TDRM beside them: pairs, first wrong steps, search
-    qrm-rl   RL with a Q-RM, an ORM or a DPO-RM and no verifier, on the hard level
-    readme   only write tables and figures again
+    tdrm         ScalarORM, ScalarPRM, TDRM on held-out solutions: smoothness, calibration, AUROC
+    search       greedy search and best-of-n on 1000 held-out problems with those reward models
+    targets      what n, lambda, gamma and the step rewards do
+    choice       several right steps, labelled right or wrong: are TD targets worth it there?
+    choice-sweep what should make the difference larger, or vanish
+    budget       search accuracy against the tokens spent on data, for every kind of reward model
+    rl           rule-only, blended and PRM-only rewards on the hard level
+    prime        PRIME against outcomes only, its design choices, and controls, on the hard level
+    qrm          Q-RM, ORM and DPO-RM, TDRM beside them: pairs, first wrong steps, search
+    qrm-rl       RL with a Q-RM, an ORM or a DPO-RM and no verifier, on the hard level
+    readme       only write tables and figures again
 
 Every run is a run of the project's own scripts with its own --seed, kept in runs/study and not
-repeated while its summary.json is there: a stopped study goes on where it was. All figures go to
+repeated while its .cost file is there: a stopped study goes on where it was. All figures go to
 study/results.json, with the commit and the seconds of a core that they took, and from there into
 study/README.md and study/figures (tables.py, figures.py). The study of real text is real.py.
 `--quick` runs a few rows of everything, tiny, in runs/quick, and changes neither file.
@@ -323,20 +324,24 @@ data.LEVELS["builtin-choice-order"] = replace(BASE, any_order=False)
 
 
 def choice(study):
-    """TDRM and ScalarPRM under twice the seeds, each with data and a policy of its own; then, under
-    half of them, what should make the difference larger or vanish."""
+    """ScalarPRM and TDRM under twice the seeds, each with data and a policy of its own."""
     rows = {"TDRM, n = 1": CHOICE_SWEEP["n = 1, as above"], "TDRM, n = 3": CHOICE_SWEEP["n = 3"]}
-    options, seeds = f"--problems {study.size(1000, 4)} --expand", range(2 * study.seeds)
-    found, methods = contest(study, rows, seeds, options + " 2 4 8 16", "choice"), {}
+    options = f"--problems {study.size(1000, 4)} --expand 2 4 8 16"
+    found, results = contest(study, rows, range(2 * study.seeds), options, "choice"), {}
     found["ScalarPRM"] = found["TDRM, n = 1"]
     for name in ("ScalarPRM", *rows):
         mine = found[name][name.partition(",")[0]]
-        methods[name] = {title: [f[key] for f in mine] for title, key in SEARCHED.items()}
-    rows, options, sweep = study.choose(CHOICE_SWEEP), options + " 8 --n 4", {}
-    found = contest(study, rows, range(study.seeds), options, "sweep")
+        results[name] = {title: [f[key] for f in mine] for title, key in SEARCHED.items()}
+    return results
+
+
+def choice_sweep(study):
+    """What should make the difference larger or vanish: greedy search, b = 8."""
+    rows, options = study.choose(CHOICE_SWEEP), f"--problems {study.size(1000, 4)} --expand 8 --n 4"
+    found, results = contest(study, rows, range(study.seeds), options, "sweep"), {}
     for name, pair in found.items():
-        sweep[name] = {m: [f["greedy search 8", 1] for f in mine] for m, mine in pair.items()}
-    return {"methods": methods, "sweep": sweep}
+        results[name] = {m: [f["greedy search 8", 1] for f in mine] for m, mine in pair.items()}
+    return results
 
 
 def contest(study, rows, seeds, options, prefix):
@@ -620,6 +625,7 @@ PARTS = {
     "search": search,
     "targets": targets,
     "choice": choice,
+    "choice-sweep": choice_sweep,
     "budget": budget,
     "rl": rl,
     "prime": prime,

@@ -78,15 +78,17 @@ def targets(results):
 
 
 def choice(results):
-    methods = results["methods"]
-    base, *others = methods
-    rows = [[name, *map(cell, row.values())] for name, row in methods.items()]
+    base, *others = results
+    rows = [[name, *map(cell, row.values())] for name, row in results.items()]
     for name in others:
-        gains = [minus(x, methods[base][key]) for key, x in methods[name].items()]
+        gains = [minus(x, results[base][key]) for key, x in results[name].items()]
         rows.append([f"{name} minus {base}", *gains])
-    yield "choice", table(["reward model", *methods[base]], rows)
+    yield "choice", table(["reward model", *results[base]], rows)
+
+
+def choice_sweep(results):
     rows = []
-    for name, row in results["sweep"].items():
+    for name, row in results.items():
         a, b = row["ScalarPRM"], row["TDRM"]
         ahead = f"{sum(y > x for x, y in zip(a, b))} of {len(a)}"
         rows.append([name, cell(a), cell(b), minus(b, a), ahead])
@@ -210,6 +212,7 @@ TABLES = {
     "search": search,
     "targets": targets,
     "choice": choice,
+    "choice-sweep": choice_sweep,
     "budget": budget,
     "rl": rl,
     "prime": prime,
