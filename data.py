@@ -30,22 +30,27 @@ varlen attention kernel).
 """
 
 import argparse
-import collections
+import collections.abc
 import functools
+import gc
 import itertools
 import json
+import pickle
 import random
 import sys
 import zlib
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from parts.answers import extract_answer, verify  # noqa: F401
 from parts.formats import split_steps  # noqa: F401
 from parts.formats import BadInput, named, read_pairs, read_problems, read_trajectories, recognise
-from parts.models import Layout, closing_id, encode_prompt, load_tokenizer, token_ids
+from parts.models import Layout, closing_id, encode_prompt, load_tokenizer, middle_ids
+from parts.runs import Processes
 
 # --------------------------------------------------------------------------------------------------
 # The built-in task. Everything is a pure function of its seed.
@@ -259,15 +264,40 @@ def encode_trajectory(tokenizer, prompt, steps, eos=False, layout=Layout()):
     appends the end-of-response token after the last step: for training a policy, not a PRM, where
     nothing may follow a prefix.
     """
-    input_ids, step_ends = encode_prompt(tokenizer, layout.ask(prompt)), []
-    prompt_length = len(input_ids)
-    for t, step in enumerate(steps):
-        closed = step + layout.step_end if t < len(steps) - 1 else step
-        input_ids += token_ids(tokenizer, closed)
-        step_ends.append(len(input_ids) - 1)
-    if eos:
-        input_ids.append(closing_id(tokenizer))
-    return input_ids, prompt_length, step_ends
+    row = {"prompt": prompt, "completions": steps, "source": ""}
+    return Spelling(tokenizer, eos, layout).many([row])[0]
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """encode_trajectory with all but its prompt and steps given, for one trajectory or for many:
+    the tokenizer takes the texts of many at once, on all cores."""
+
+    tokenizer: object
+    eos: bool = False
+    layout: Layout = Layout()
+
+    def __call__(self, prompt, steps):
+        return encode_trajectory(self.tokenizer, prompt, steps, self.eos, self.layout)
+
+    def many(self, rows):
+        """Trajectory rows -> what encode_trajectory returns, for each."""
+        texts, prompts, spelled = [], [], []
+        for row in rows:
+            with named(row.get("source", "--data")):
+                prompts.append(encode_prompt(self.tokenizer, self.layout.ask(row["prompt"])))
+            texts += [step + self.layout.step_end for step in row["completions"][:-1]]
+            texts += row["completions"][-1:]
+        steps = iter(middle_ids(self.tokenizer, texts))
+        for row, input_ids in zip(rows, prompts):
+            prompt_length, step_ends = len(input_ids), []
+            for _ in row["completions"]:
+                input_ids += next(steps)
+                step_ends.append(len(input_ids) - 1)
+            if self.eos:
+                input_ids.append(closing_id(self.tokenizer))
+            spelled.append((input_ids, prompt_length, step_ends))
+        return spelled
 
 
 @dataclass
@@ -289,7 +319,42 @@ class Example:
         return len(self.input_ids)
 
 
-def encode_rows(rows, encode, max_length):
+class Examples(collections.abc.Sequence):
+    """A list of Examples that keeps them as bytes, a quarter of the memory: an Example is made when
+    it is asked for. `lengths`: those of all."""
+
+    def __init__(self, packed=(), lengths=()):
+        self.packed, self.lengths = list(packed), array("i", lengths)
+
+    def append(self, example):
+        prompt, steps, ids, *rest = vars(example).values()
+        self.lengths.append(len(ids))
+        self.packed.append(pickle.dumps((prompt, steps, array("i", ids).tobytes(), *rest)))
+
+    def extend(self, others):
+        self.packed += others.packed
+        self.lengths += others.lengths
+
+    def take(self, indices):
+        """Some of them, of which nothing is copied."""
+        return Examples((self.packed[i] for i in indices), (self.lengths[i] for i in indices))
+
+    def known(self):
+        """What is known of each in turn: Examples whose ids stay bytes, soon made."""
+        return (Example(*pickle.loads(packed)) for packed in self.packed)
+
+    def __len__(self):
+        return len(self.packed)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return self.take(range(len(self))[i])
+        example = Example(*pickle.loads(self.packed[i]))
+        example.input_ids = array("i", example.input_ids).tolist()
+        return example
+
+
+def encode_rows(rows, encode, max_length, procs=Processes()):
     """Trajectory rows -> Examples, number left out. `encode(prompt, steps)` gives ids as
     encode_trajectory does; a reward model brings its own.
 
@@ -297,38 +362,78 @@ def encode_rows(rows, encode, max_length):
     lose its last step, the one its outcome belongs to; cut on the left it would lose the question.
     Raises BadInput if none is left.
     """
-    examples, longest, count = [], 0, 0
-    known = ("labels", "correct", "first_error", "answer", "source")
-    for count, row in enumerate(rows, 1):
-        with named(row.get("source", "--data")):
-            input_ids, *places = encode(row["prompt"], row["completions"])
-        longest = max(longest, len(input_ids))
-        if len(input_ids) <= max_length:
-            facts = {name: row[name] for name in known if name in row}
-            examples.append(Example(row["prompt"], row["completions"], input_ids, *places, **facts))
-    if not count:
+    return that_fit(encode_all(rows, encode, procs), max_length)
+
+
+def that_fit(examples, max_length):
+    """-> Examples of at most `max_length` tokens, number left out. BadInput if none is left."""
+    kept = [i for i, length in enumerate(examples.lengths) if length <= max_length]
+    if not examples:
         why = "no rated step, or only wrong solutions to imitate"
         raise BadInput(f"--data or --eval: no trajectory to learn from or to evaluate on ({why})")
-    if not examples:
-        what = f"none of the {count} trajectories fits; the longest has {longest} tokens"
+    if not kept:
+        longest = max(examples.lengths)
+        what = f"none of the {len(examples)} trajectories fits; the longest has {longest} tokens"
         raise BadInput(f"--max_length {max_length}: {what}")
-    return examples, count - len(examples)
+    return examples.take(kept), len(examples) - len(kept)
+
+
+def encode_all(rows, encode, procs, at_once=256):
+    """Trajectory rows -> Examples of any length. Each process encodes its share of the rows as they
+    are read, and all get to know all; or all raise the same BadInput."""
+    rows, examples, quiet = iter(rows), Examples(), procs.rank > 0
+    show = {"desc": "reading", "unit": " rows", "leave": False, "dynamic_ncols": True}
+    gc.freeze()  # else all that is there already is looked through for garbage, again and again
+    with tqdm(**show, delay=1, mininterval=0.5, disable=quiet) as bar:
+        while some := list(itertools.islice(rows, at_once * procs.world)):
+            size = -(-len(some) // procs.world)
+            mine = some[procs.rank * size :][:size]
+            try:
+                mine = encode_some(mine, encode)
+            except BadInput as error:
+                mine = error
+            for part in procs.gather(mine):
+                if isinstance(part, BadInput):
+                    raise part
+                examples.extend(part)
+            bar.update(len(some))
+    gc.unfreeze()
+    return examples
+
+
+def encode_some(rows, encode):
+    examples, spelled = Examples(), []
+    known = ("labels", "correct", "first_error", "answer", "source")
+    if isinstance(encode, Spelling):
+        spelled = encode.many(rows)
+    else:
+        for row in rows:
+            with named(row.get("source", "--data")):
+                spelled.append(encode(row["prompt"], row["completions"]))
+    for row, (input_ids, *places) in zip(rows, spelled):
+        facts = {name: row[name] for name in known if name in row}
+        examples.append(Example(row["prompt"], row["completions"], input_ids, *places, **facts))
+    return examples
 
 
 def hold_out(rows, fraction=0.05):
-    """-> train rows, held-out rows, cut by question: none is in both. The cut depends on the
-    questions' texts alone."""
-
-    def key(row):
-        return zlib.crc32(str(row.get("prompt") or row["question"]).encode())
-
-    keys = sorted({key(row) for row in rows})
-    if len(keys) < 2:
+    """-> train rows (or Examples), held-out ones, cut by question: none is in both. The cut depends
+    on the questions' texts alone."""
+    packed, keys = isinstance(rows, Examples), []
+    for row in rows.known() if packed else rows:
+        prompt = row.prompt if packed else row.get("prompt") or row["question"]
+        keys.append(zlib.crc32(str(prompt).encode()))
+    questions = sorted(set(keys))
+    if len(questions) < 2:
         what = "all trajectories have the same question; at least two are needed to hold one out"
         raise BadInput(f"--data: {what} (or give --eval)")
-    held_out = set(keys[: max(1, int(len(keys) * fraction))])
-    train = [row for row in rows if key(row) not in held_out]
-    return train, [row for row in rows if key(row) in held_out]
+    held_out = set(questions[: max(1, int(len(questions) * fraction))])
+    train, rest = [], []
+    for i, key in enumerate(keys):
+        (rest if key in held_out else train).append(i)
+    if packed:
+        return rows.take(train), rows.take(rest)
+    return [rows[i] for i in train], [rows[i] for i in rest]
 
 
 # --------------------------------------------------------------------------------------------------

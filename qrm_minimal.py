@@ -32,6 +32,7 @@ LoRA; the focal, pointwise and step-level losses of the released code; value-gui
 Files in --out: as in tdrm_minimal.py; model/reward.json says of which kind the reward model is.
 """
 
+import collections.abc
 import math
 import os
 import sys
@@ -48,12 +49,12 @@ import search_minimal as search
 import sft_minimal as sft
 import tdrm_minimal as tdrm
 from parts.credit import last_token, stack
-from parts.formats import BadInput, named, read_pairs, read_problems, read_trajectories, recognise
+from parts.formats import BadInput, read_pairs, read_problems, read_trajectories, recognise
 from parts.formats import split_steps
 from parts.models import check_ids, layout_of, load_policy, load_tokenizer, question_of
 from parts.models import torch_dtype
 from parts.rewards import RewardModel, new_reward_model
-from parts.runs import Run, last_checkpoint, launch, opt
+from parts.runs import Processes, Run, last_checkpoint, launch, opt
 from parts.training import Policy, TrainConfig, accumulate_gradients, learning_rate
 from parts.training import optimizer_step, prepare
 
@@ -153,7 +154,7 @@ def main(cfg, procs):
         about = {"scale": scale, "layout": layout_of(cfg)}
         reward = new_reward_model(name, tokenizer, dtype, cfg.seed, kind, **about)
     learner = prepare(reward, cfg, procs)
-    check_ids(reward.model, (p.chosen.input_ids + p.rejected.input_ids for p in pairs), cfg.model)
+    check_ids(reward.model, tokenizer, (e.input_ids for e in pairs.sides), cfg.model)
     steps = cfg.steps or max(1, len(pairs) // cfg.batch_size)
     procs.print(
         f"{cfg.method}: {len(pairs)} pairs, {len(held_out)} held out ({left_out} too long or of "
@@ -163,7 +164,7 @@ def main(cfg, procs):
 
     # 2) The loop. Both responses of a pair go through one forward.
     run = Run(cfg, procs, checkpoint, steps, {"model": learner})
-    order = data.batches([len(p) for p in pairs], cfg.batch_size, cfg.seed, run.start)
+    order = data.batches(pairs.lengths, cfg.batch_size, cfg.seed, run.start)
     for step in run.steps():
         batch = [pairs[i] for i in next(order)]
 
@@ -214,6 +215,21 @@ class Pair:
         return len(self.chosen) + len(self.rejected)
 
 
+class Pairs(collections.abc.Sequence):
+    """Pairs out of data.Examples, in which each chosen response is followed by the rejected one."""
+
+    def __init__(self, sides):
+        self.sides = sides
+        self.lengths = np.add(sides.lengths[::2], sides.lengths[1::2])
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        chosen, rejected = self.sides[2 * i], self.sides[2 * i + 1]
+        return Pair(chosen.prompt, chosen, rejected)
+
+
 def load_data(cfg, level, tokenizer, procs):
     """-> training Pairs, held-out Pairs, held-out trajectories that know their first wrong step,
     number of pairs left out."""
@@ -242,10 +258,10 @@ def load_data(cfg, level, tokenizer, procs):
     if not pairs:
         raise BadInput("--eval: it has all questions of --data; none is left to train on")
     encode = sft.spelling(tokenizer, layout_of(cfg))
-    pairs, left_out = encode_pairs(pairs, encode, cfg.max_length)
-    held_out, left_out_too = encode_pairs(held_out, encode, cfg.max_length)
+    pairs, left_out = encode_pairs(pairs, encode, cfg.max_length, procs)
+    held_out, left_out_too = encode_pairs(held_out, encode, cfg.max_length, procs)
     if trajectories:
-        trajectories, _ = data.encode_rows(trajectories, encode, cfg.max_length)
+        trajectories, _ = data.encode_rows(trajectories, encode, cfg.max_length, procs)
     return pairs, held_out, trajectories, left_out + left_out_too
 
 
@@ -310,23 +326,23 @@ def read_files(paths, cfg, tokenizer, procs):
     return pairs, [row for row in rows["trajectories"] if row["first_error"] is not None]
 
 
-def encode_pairs(pairs, encode, max_length):
+def encode_pairs(pairs, encode, max_length, procs=Processes()):
     """-> Pairs that fit, number left out: of two equal responses (nothing to learn), or too
     long."""
-    kept, longest = [], 0
+    rows, kept = [], []
     for pair in pairs:
-        prompt, sides = pair["prompt"], []
-        with named(pair.get("source", "--data")):
-            for steps in (pair["chosen"], pair["rejected"]):
-                sides.append(data.Example(prompt, steps, *encode(prompt, steps)))
-        length = max(map(len, sides))
-        longest = max(longest, length)
-        if length <= max_length and sides[0].input_ids != sides[1].input_ids:
-            kept.append(Pair(prompt, *sides))
+        for side in ("chosen", "rejected"):
+            row = {"prompt": pair["prompt"], "completions": pair[side]}
+            rows.append(row | {"source": pair.get("source", "--data")})
+    sides = data.encode_all(rows, encode, procs)
+    ids = [e.input_ids for e in sides.known()]
+    for i in range(0, len(sides), 2):
+        if max(sides.lengths[i : i + 2]) <= max_length and ids[i] != ids[i + 1]:
+            kept += [i, i + 1]
     if not kept:
-        what = f"none of the {len(pairs)} pairs fits (the longest: {longest} tokens)"
+        what = f"none of the {len(pairs)} pairs fits (the longest: {max(sides.lengths)} tokens)"
         raise BadInput(f"--max_length {max_length}: {what} and is of two different responses")
-    return kept, len(pairs) - len(kept)
+    return Pairs(sides.take(kept)), len(pairs) - len(kept) // 2
 
 
 # --------------------------------------------------------------------------------------------------

@@ -454,12 +454,12 @@ def load_problems(cfg, level, policy, procs, prms=()):
             problems, held_out = data.hold_out(problems)
         problems, held_out = problems[: cfg.problems], held_out[: cfg.eval_problems]
     limit = min(cfg.max_length, longest_context(policy.model.config))
-    kept, lengths = [[], []], []
+    kept, largest = [[], []], 0
     for part, rows in zip(kept, (problems, held_out)):
         for problem in rows:
             source = problem.get("source", "--data")
             ids = search.prompt_ids(policy.tokenizer, problem["question"], cfg, source, prms)
-            lengths.append(ids)
+            largest = max([largest, *ids])
             blank = not question_of(problem["question"]).strip()
             if not blank and len(ids) + cfg.max_new_tokens <= limit:
                 part.append(problem)
@@ -467,7 +467,7 @@ def load_problems(cfg, level, policy, procs, prms=()):
         what = "no question leaves room for it within"
         limits = f"{limit} tokens (--max_length, or the model's own limit)"
         raise BadInput(f"--max_new_tokens {cfg.max_new_tokens}: {what} {limits}")
-    check_ids(policy.model, lengths, cfg.model)
+    check_ids(policy.model, policy.tokenizer, [[largest]], cfg.model)
     procs.print(
         f"{len(kept[0])} questions ({len(problems) - len(kept[0])} blank or too long), {cfg.steps} "
         f"steps of {cfg.prompts_per_step} x {cfg.group_size}, {procs.world} processes on "

@@ -17,7 +17,6 @@ Files in --out: config.json, metrics.jsonl, summary.json, model/ (a Hugging Face
 (for --resume).
 """
 
-import functools
 import os
 from dataclasses import dataclass, replace
 
@@ -28,7 +27,7 @@ from parts.answers import verify
 from parts.formats import BadInput, read_trajectories
 from parts.models import Layout, check_ids, end_ids, layout_of, load_policy
 from parts.models import load_tokenizer, torch_dtype
-from parts.runs import Run, last_checkpoint, launch, opt
+from parts.runs import Processes, Run, last_checkpoint, launch, opt
 from parts.training import Policy, TrainConfig, accumulate_gradients, learning_rate
 from parts.training import optimizer_step, over_rows, prepare
 
@@ -57,11 +56,11 @@ def main(cfg, procs):
     checkpoint = last_checkpoint(cfg)
     name = checkpoint and os.path.join(checkpoint, "model") or cfg.model
     tokenizer = load_tokenizer(name) if name else data.builtin_tokenizer()
-    examples, held_out, left_out = load_data(cfg, level, tokenizer)
+    examples, held_out, left_out = load_data(cfg, level, tokenizer, procs)
     dtype = torch_dtype(cfg, procs.device)
     model = load_policy(name, dtype) if name else new_policy(tokenizer, cfg.seed).to(dtype)
     learner = prepare(Policy(model, tokenizer, layout_of(cfg)), cfg, procs)
-    check_ids(model, (e.input_ids for e in examples), cfg.model)
+    check_ids(model, tokenizer, (e.input_ids for e in examples), cfg.model)
     steps = cfg.steps or max(1, len(examples) // cfg.batch_size)
     procs.print(
         f"{len(examples)} solutions ({left_out} too long), {steps} steps of {cfg.batch_size}, "
@@ -70,7 +69,7 @@ def main(cfg, procs):
 
     # 2) The loop.
     run = Run(cfg, procs, checkpoint, steps, {"model": learner})
-    order = data.batches([len(e) for e in examples], cfg.batch_size, cfg.seed, run.start)
+    order = data.batches(examples.lengths, cfg.batch_size, cfg.seed, run.start)
     for step in run.steps():
         batch = [examples[i] for i in next(order)]
         tokens = sum(len(e) - e.prompt_length for e in batch)  # of the global batch
@@ -100,29 +99,32 @@ def main(cfg, procs):
 # Solutions to learn from, and how good the policy is.
 
 
-def load_data(cfg, level, tokenizer):
+def load_data(cfg, level, tokenizer, procs=Processes()):
     """-> training and held-out Examples (of these one a question), number too long."""
+    encode = spelling(tokenizer, layout_of(cfg))
     if level:
         count = 64 * data.LEVELS[level].batches // 4
         problems = data.make_problems(count, "train", cfg.seed, level)
         rows = data.make_trajectories(problems, 4, seed=cfg.seed, level=level)
+        examples = data.encode_all(rows, encode, procs)
         problems = data.make_problems(cfg.eval_problems, "test", 0, level)
-        held_out = data.make_trajectories(problems, seed=1, level=level)
+        rows = data.make_trajectories(problems, seed=1, level=level)
+        held_out = data.encode_all(rows, encode, procs)
     else:
-        rows = list(read_trajectories(cfg.data, layout_of(cfg).step_end, outcome=False))
-        rows, held_out = data.hold_out(rows)
-        rows = [row for row in rows if row["correct"] is not False]  # nothing to imitate
-    spell = spelling(tokenizer, layout_of(cfg))
-    examples, left_out = data.encode_rows(rows, spell, cfg.max_length)
-    by_question = {str(row["prompt"]): row for row in held_out}
-    held_out = list(by_question.values())[: cfg.eval_problems]
-    held_out, left_out_too = data.encode_rows(held_out, spell, cfg.max_length)
+        rows = read_trajectories(cfg.data, layout_of(cfg).step_end, outcome=False)
+        examples, held_out = data.hold_out(data.encode_all(rows, encode, procs))
+        known = enumerate(examples.known())
+        examples = examples.take([i for i, e in known if e.correct is not False])
+    examples, left_out = data.that_fit(examples, cfg.max_length)
+    by_question = {str(e.prompt): i for i, e in enumerate(held_out.known())}
+    held_out = held_out.take(list(by_question.values())[: cfg.eval_problems])
+    held_out, left_out_too = data.that_fit(held_out, cfg.max_length)
     return examples, held_out, left_out + left_out_too
 
 
 def spelling(tokenizer, layout=Layout()):
     """How a policy writes a trajectory: with the token that ends a response."""
-    return functools.partial(data.encode_trajectory, tokenizer, eos=True, layout=layout)
+    return data.Spelling(tokenizer, eos=True, layout=layout)
 
 
 def evaluate(policy, held_out, cfg, procs):

@@ -179,9 +179,9 @@ def main(cfg, procs):
     tokenizer = load_tokenizer(name)
     dtype, layout = torch_dtype(cfg, procs.device), layout_of(cfg)
     reward = new_reward_model(name, tokenizer, dtype, cfg.seed, layout=layout)
-    examples, held_out, labelled, left_out = load_data(cfg, level, reward.encode)
+    examples, held_out, labelled, left_out = load_data(cfg, level, tokenizer, procs)
     learner = prepare(reward, cfg, procs)
-    check_ids(reward.model, (e.input_ids for e in examples), cfg.model)
+    check_ids(reward.model, tokenizer, (e.input_ids for e in examples), cfg.model)
     steps = cfg.steps or max(1, len(examples) // cfg.batch_size)
     procs.print(
         f"{cfg.method}: {len(examples)} trajectories ({left_out} too long), "
@@ -191,7 +191,7 @@ def main(cfg, procs):
 
     # 2) The loop.
     run = Run(cfg, procs, checkpoint, steps, {"model": learner})
-    order = data.batches([len(e) for e in examples], cfg.batch_size, cfg.seed, run.start)
+    order = data.batches(examples.lengths, cfg.batch_size, cfg.seed, run.start)
     for step in run.steps():
         batch = [examples[i] for i in next(order)]
         states = sum(len(e.step_ends) for e in batch)  # of the global batch, on every process
@@ -223,9 +223,10 @@ def main(cfg, procs):
     return summary
 
 
-def load_data(cfg, level, encode):
+def load_data(cfg, level, tokenizer, procs):
     """-> training and held-out Examples, whether they have step labels, how many were too long.
     BadInput if the method lacks what it learns from."""
+    layout, held_out = layout_of(cfg), None
     if level:
         kind, K = cfg.label_kind, cfg.label_rollouts
         problems = data.make_problems(cfg.problems, "train", cfg.seed, level)
@@ -233,21 +234,29 @@ def load_data(cfg, level, encode):
         problems = data.make_problems(1000, "test", 0, level)
         held_out = data.make_trajectories(problems, 2, 4, kind, 1, level)
     else:
-        rows = read_trajectories(cfg.data, layout_of(cfg).step_end)
-        if not cfg.eval:
-            rows, held_out = data.hold_out(list(rows))
+        rows = read_trajectories(cfg.data, layout.step_end)
     if cfg.eval:
-        held_out = read_trajectories(cfg.eval, layout_of(cfg).step_end)
-    examples, left_out = data.encode_rows(rows, encode, cfg.max_length)
-    held_out, left_out_too = data.encode_rows(held_out, encode, cfg.max_length)
+        held_out = read_trajectories(cfg.eval, layout.step_end)
+    encode = data.Spelling(tokenizer, layout=layout)
+    examples = data.encode_all(rows, encode, procs)
+    if held_out is None:
+        examples, held_out = data.hold_out(examples)
+    else:
+        held_out = data.encode_all(held_out, encode, procs)
+    examples, left_out = data.that_fit(examples, cfg.max_length)
+    held_out, left_out_too = data.that_fit(held_out, cfg.max_length)
     needed = "labels" if cfg.method == "ScalarPRM" else "correct"
-    lacking = next((e for e in examples if getattr(e, needed) is None), None)
+    lacking, labelled = None, True
+    for e in examples.known():
+        labelled = labelled and e.labels is not None
+        if lacking is None and getattr(e, needed) is None:
+            lacking = e
     if lacking:
         what = "an outcome ('correct', 'answer' or 'labels')"
         what = "step labels ('labels')" if needed == "labels" else what
         source = lacking.source or "--label_rollouts 0"
         raise BadInput(f"{source}: --method {cfg.method} learns from {what}, and there is none")
-    return examples, held_out, all(e.labels is not None for e in examples), left_out + left_out_too
+    return examples, held_out, labelled, left_out + left_out_too
 
 
 def score_file(cfg, procs):

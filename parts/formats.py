@@ -67,11 +67,11 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def named(source):
-    """Errors in what is done with a row get the row's place in front."""
+    """Errors in what is done with a row get the row's place in front, where it has one."""
     try:
         yield
     except BadInput as error:
-        raise BadInput(f"{source}: {error}") from None
+        raise BadInput(f"{source}: {error}" if source else error) from None
 
 
 class LeftOut(Exception):

@@ -12,6 +12,7 @@ import functools
 import os
 import shutil
 import socket
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -74,15 +75,16 @@ def encode_prompt(tokenizer, prompt):
     return list(prompt_ids(tokenizer, tuple(turns)))
 
 
-@functools.lru_cache(100_000)
+@functools.lru_cache(20_000)
 def prompt_ids(tokenizer, turns):
     """As encode_prompt, of ((role, content), ...). Cached: a question has several responses."""
     if tokenizer.chat_template:
         text = render(tokenizer, [{"role": role, "content": content} for role, content in turns])
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return array("i", plain_ids(tokenizer, [text])[0])
     text = "\n\n".join(content for _, content in turns) + "\n\n"
     ids = tokenizer(text)["input_ids"]
-    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers append it
+    ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers append it
+    return array("i", ids)
 
 
 class FixedClock(datetime.datetime):
@@ -112,16 +114,39 @@ def render(tokenizer, messages, add_generation_prompt=True):
 @functools.lru_cache(100_000)
 def token_ids(tokenizer, text):
     """Ids of a step's text, as the middle of a response. Cached: steps recur in sampled data."""
-    before = plain_ids(tokenizer, "\n")
-    ids = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
-    if ids[: len(before)] == before:  # by itself, SentencePiece would put a space in front
-        return ids[len(before) :]
-    return plain_ids(tokenizer, text)
+    return middle_ids(tokenizer, [text])[0]
 
 
-@functools.lru_cache(1000)
-def plain_ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def middle_ids(tokenizer, texts):
+    """Ids of texts, each as the middle of a response -> a list for each."""
+    distinct = list(dict.fromkeys(texts))
+    before, *found = plain_ids(tokenizer, ["\n", *("\n" + text for text in distinct)])
+    known, alone = {}, []
+    for text, ids in zip(distinct, found):
+        if ids[: len(before)] == before:  # by itself, SentencePiece would put a space in front
+            del ids[: len(before)]
+            known[text] = ids
+        else:
+            alone.append(text)
+    known.update(zip(alone, plain_ids(tokenizer, alone)))
+    return [known[text] for text in texts]
+
+
+def plain_ids(tokenizer, texts):
+    """Ids of texts, each by itself, without special tokens -> a list for each. Several are shared
+    out to the cores that this process has."""
+    if not texts or not tokenizer.is_fast:
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    # The library's own call, without what it does besides, which takes longer for a line.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # a call before may have asked for it
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    switch = os.environ.get("TOKENIZERS_PARALLELISM", "true")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if len(texts) > 100 else "false"
+    found = backend.encode_batch_fast(texts, add_special_tokens=False)
+    os.environ["TOKENIZERS_PARALLELISM"] = switch
+    return [encoding.ids for encoding in found]
 
 
 @functools.lru_cache
@@ -282,10 +307,13 @@ def save_model(folder, model, tokenizer):
     os.rename(folder + ".tmp", folder)
 
 
-def check_ids(model, ids, name):
+def check_ids(model, tokenizer, ids, name):
     """BadInput where the tokenizer has ids the model has no embeddings for (on a GPU: an assertion
     in a kernel). `ids`: an iterable of lists of token ids."""
-    largest, known = max(map(max, ids)), model.get_input_embeddings().num_embeddings
+    known = model.get_input_embeddings().num_embeddings
+    if max(tokenizer.get_vocab().values()) < known:
+        return
+    largest = max(map(max, ids))  # not every id that a tokenizer has occurs
     if largest >= known:
         what = f"its tokenizer gives the id {largest}, its weights have {known} embeddings"
         raise BadInput(f"--model {name}: {what}")

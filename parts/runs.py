@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with ours
+cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cores)))  # of the tokenizer, where it may
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one progress bar, ours
 import torch
@@ -142,13 +144,18 @@ class Processes:
             dist.all_reduce(totals)
         return totals.tolist()
 
+    def gather(self, mine):
+        """What each process has, in the order of their ranks, on every one of them."""
+        if self.world == 1:
+            return [mine]
+        parts = [None] * self.world
+        dist.all_gather_object(parts, mine)
+        return parts
+
     def merge(self, mine):
         """The union of all processes' dicts, on every one of them."""
-        if self.world == 1:
-            return mine
-        parts, union = [None] * self.world, {}
-        dist.all_gather_object(parts, mine)
-        for part in parts:
+        union = {}
+        for part in self.gather(mine):
             union |= part
         return union
 

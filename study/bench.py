@@ -24,6 +24,7 @@ search: problems a second of tree_search against published call structure (a `ge
   small operations take the time, and in one where arithmetic does.
 rl: a GRPO step on verifiable rewards, sampling and update, against TRL's GRPOTrainer if installed.
 gpu: TDRM and RL steps of a random 7B shape, also against parts/estimate.py.
+loading: rows a second, and memory a row, from a Math-Shepherd file to Examples.
 
 "of peak": the work a step cannot do without over what the same threads reach in a large matrix
 product. For T tokens that is 6 x (weights in linear layers) x T + 6 x layers x hidden x T^2 (half
@@ -38,6 +39,8 @@ import importlib.util
 import itertools
 import json
 import os
+import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -69,7 +72,7 @@ from parts.models import (
     save_model,
 )  # noqa: E402
 from parts.rewards import RewardModel, load_reward_model, new_reward_model  # noqa: E402
-from parts.runs import Processes  # noqa: E402
+from parts.runs import Processes, join_processes  # noqa: E402
 from parts.training import Policy, accumulate_gradients, optimizer_step, prepare  # noqa: E402
 import transformers  # noqa: E402  (after ours, which quieten it)
 
@@ -804,6 +807,83 @@ def seconds_to_step(script, folder, options):
     return seconds
 
 
+# --------------------------------------------------------------------------------------------------
+# loading
+
+
+def part_loading(args):
+    """Rows of 1.3 KB as Math-Shepherd's, 30 a question; steps hardly recur. On one process and on
+    two; with a tokenizer out of the folder that TOKENIZERS_DIR names, else with bytes."""
+    folder, tokenizer = os.environ.get("TOKENIZERS_DIR", ""), ""
+    if os.path.isdir(folder):
+        names = sorted(os.listdir(folder))
+        tokenizer = os.path.join(folder, "qwen3" if "qwen3" in names else names[0])
+    print(f"tokenizer: {os.path.basename(tokenizer) or 'bytes'}")
+    for count in (200, 400) if args.quick else (10_000, 40_000):
+        with tempfile.TemporaryDirectory() as place:
+            path = os.path.join(place, "rows.jsonl")
+            write_shepherd(path, count)
+            for world in (1, 2):
+                found = measure_loading(path, tokenizer, world)
+                seconds = max(one["seconds"] for one in found)
+                cpu = sum(one["cpu"] for one in found)
+                kib = max(one["kib"] for one in found) / count
+                print(
+                    f"  {count} rows, {world} processes: {count / seconds:.0f} rows a second, "
+                    f"{count / cpu:.0f} a CPU second; {kib:.2f} KiB a row in each",
+                    flush=True,
+                )
+
+
+def write_shepherd(path, count):
+    words = "she buys sells of and then eggs apples for each day in the week so that makes".split()
+    rng = np.random.default_rng(0)
+    with open(path, "w") as f:
+        for i in range(count):
+            question, steps = f"{i % -(-count // 30)} " + "how many apples does she buy " * 5, []
+            for k in range(1, 7):
+                a, b = rng.integers(10, 1000, 2).tolist()
+                text = " ".join(rng.choice(words, 8))
+                steps.append(f"Step {k}: {text}, {a} * {b} = <<{a}*{b}={a * b}>>{a * b}")
+            row = {}
+            for key, mark in ("input", "ки"), ("label", "+"):
+                row[key] = question + "? " + "\n".join(f"{step} {mark}" for step in steps)
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def measure_loading(path, tokenizer, world):
+    """Load a file in processes of their own -> what `load_once` found in each."""
+    code = f"import sys; sys.path[:0] = [{ROOT!r}, {os.path.dirname(__file__)!r}]\nimport bench\n"
+    command = [sys.executable, "-c", f"{code}bench.load_once({path!r}, {tokenizer!r})"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    meeting |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    started = []
+    for rank in range(world):
+        env = os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        started.append(subprocess.Popen(command, env=env, **pipes))
+    return [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
+
+
+def load_once(path, name):
+    """Print the seconds, CPU seconds and KiB that loading takes in this process."""
+    procs = join_processes()
+    tokenizer = load_tokenizer(name) if name else data.byte_tokenizer()
+    cfg = tdrm.Config(data=(path,))
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    procs.barrier()
+    begin, cpu, kib = time.perf_counter(), time.process_time(), usage.ru_maxrss
+    tdrm.load_data(cfg, None, tokenizer, procs)
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - kib
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "kib": kib}))
+    if procs.world > 1:
+        torch.distributed.destroy_process_group()
+
+
 PARTS = {
     "tdrm": (part_tdrm, "steps of tdrm_minimal.py against the published algorithm and TRL"),
     "search": (part_search, "beam search against one call per prefix; sample() against generate"),
@@ -812,6 +892,7 @@ PARTS = {
         part_gpu,
         "TDRM and RL steps of a 7B shape on one GPU (without one: small, on the CPU)",
     ),
+    "loading": (part_loading, "rows a second from a Math-Shepherd file to Examples, KiB a row"),
     "startup": (part_startup, "seconds from the command to the first training step"),
 }
 

@@ -8,7 +8,10 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.parametrize("part,wanted", [("tdrm", "ours / published"), ("gpu", "tokens a second")])
+PARTS = [("tdrm", "ours / published"), ("gpu", "tokens a second"), ("loading", "200 rows, ")]
+
+
+@pytest.mark.parametrize("part,wanted", PARTS)
 def test_quick_run(part, wanted):
     bench = os.path.join(ROOT, "study", "bench.py")
     command = [sys.executable, bench, part, "--quick", "--repeats", "1"]

@@ -342,7 +342,7 @@ def test_what_is_evaluated_is_not_trained_on(home, tmp_path):
 
 def test_encoded_pairs(home):
     pairs, held_out, _, _ = load(home)
-    for pair in pairs + held_out:
+    for pair in [*pairs, *held_out]:
         assert len(pair) == len(pair.chosen) + len(pair.rejected)
         for side in (pair.chosen, pair.rejected):
             prompt, response = np.split(side.input_ids, [side.prompt_length])
