@@ -49,7 +49,7 @@ from tqdm import tqdm
 from parts.answers import extract_answer, verify  # noqa: F401
 from parts.formats import split_steps  # noqa: F401
 from parts.formats import BadInput, named, read_pairs, read_problems, read_trajectories, recognise
-from parts.models import Layout, closing_id, encode_prompt, load_tokenizer, middle_ids
+from parts.models import Layout, closing_id, encode_prompt, load_tokenizer, middle_ids, token_ids
 from parts.runs import Processes
 
 # --------------------------------------------------------------------------------------------------
@@ -264,8 +264,97 @@ def encode_trajectory(tokenizer, prompt, steps, eos=False, layout=Layout()):
     appends the end-of-response token after the last step: for training a policy, not a PRM, where
     nothing may follow a prefix.
     """
-    row = {"prompt": prompt, "completions": steps, "source": ""}
-    return Spelling(tokenizer, eos, layout).many([row])[0]
+    input_ids, step_ends = encode_prompt(tokenizer, layout.ask(prompt)), []
+    prompt_length = len(input_ids)
+    for t, step in enumerate(steps):
+        closed = step + layout.step_end if t < len(steps) - 1 else step
+        input_ids += token_ids(tokenizer, closed)
+        step_ends.append(len(input_ids) - 1)
+    if eos:
+        input_ids.append(closing_id(tokenizer))
+    return input_ids, prompt_length, step_ends
+
+
+@dataclass
+class Example:
+    """A trajectory in token ids, with what is known of it. Its length is that of `input_ids`."""
+
+    prompt: object  # text, or chat messages
+    completions: list  # the steps' texts
+    input_ids: list
+    prompt_length: int
+    step_ends: list  # index in input_ids of each step's last token
+    labels: list | None = None  # a float in [0, 1] for each step, or None
+    correct: bool | None = None  # is the final answer right? None: unknown
+    first_error: int | None = None  # the first wrong step's index, -1: there is none, None: unknown
+    answer: str | None = None
+    source: str = ""  # FILE:LINE
+
+    def __len__(self):
+        return len(self.input_ids)
+
+
+# --------------------------------------------------------------------------------------------------
+# Examples to tensors, and the order in which batches come.
+
+
+def collate(examples, pad_id, device="cpu"):
+    """Right-padded tensors of B examples with up to T tokens and S steps.
+
+    -> input_ids, attention_mask (B, T); response_mask (B, T-1), True where the *next* token belongs
+    to the response;
+       step_ends (B, S) indices into T; step_mask (B, S); labels (B, S), 0 where there are none;
+       outcomes (B,).
+    """
+    B, T, S = len(examples), max(map(len, examples)), max(len(e.step_ends) for e in examples)
+    input_ids, attention_mask = np.full((B, T), pad_id), np.zeros((B, T), dtype=np.int64)
+    response_mask = np.zeros((B, T - 1), dtype=bool)
+    step_ends, step_mask = np.zeros((B, S), dtype=np.int64), np.zeros((B, S), dtype=bool)
+    labels, outcomes = np.zeros((B, S), dtype=np.float32), np.zeros(B, dtype=np.float32)
+    for b, e in enumerate(examples):
+        tokens, steps = len(e), len(e.step_ends)
+        input_ids[b, :tokens], attention_mask[b, :tokens] = e.input_ids, 1
+        response_mask[b, e.prompt_length - 1 : tokens - 1] = True
+        step_ends[b, :steps], step_mask[b, :steps] = e.step_ends, True
+        labels[b, :steps] = e.labels or 0
+        outcomes[b] = float(e.correct or 0)
+    arrays = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "response_mask": response_mask,
+        "step_ends": step_ends,
+        "step_mask": step_mask,
+        "labels": labels,
+        "outcomes": outcomes,
+    }
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def batches(lengths, batch_size, seed=0, start=0):
+    """Index lists of one global batch after another, without end, from the `start`-th on: all a
+    resumed run must know.
+
+    Each epoch is shuffled, cut into windows of 50 batches, and sorted by length within a window, so
+    that a batch's rows are of like length and little is padded; then the batches are shuffled. What
+    is left at an epoch's end is skipped.
+    """
+    lengths = np.asarray(lengths)
+    per_epoch = max(1, len(lengths) // batch_size)
+    for epoch in itertools.count(start // per_epoch):
+        rng = np.random.default_rng([seed, epoch])
+        repeats = -(-batch_size // len(lengths))  # fewer rows than a batch: some come twice
+        order = np.concatenate([rng.permutation(len(lengths)) for _ in range(repeats)])
+        order, window = order[: per_epoch * batch_size], 50 * batch_size
+        windows = np.split(order, range(window, len(order), window))
+        order = np.concatenate([w[np.argsort(lengths[w], kind="stable")] for w in windows])
+        first = start % per_epoch if epoch == start // per_epoch else 0
+        for i in rng.permutation(per_epoch)[first:]:
+            yield order[i * batch_size : (i + 1) * batch_size].tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# Many rows to Examples: the tokenizer takes the texts of many at once, the processes share the rows,
+# and 445,000 of them (Math-Shepherd) fit in each.
 
 
 @dataclass(frozen=True)
@@ -298,25 +387,6 @@ class Spelling:
                 input_ids.append(closing_id(self.tokenizer))
             spelled.append((input_ids, prompt_length, step_ends))
         return spelled
-
-
-@dataclass
-class Example:
-    """A trajectory in token ids, with what is known of it. Its length is that of `input_ids`."""
-
-    prompt: object  # text, or chat messages
-    completions: list  # the steps' texts
-    input_ids: list
-    prompt_length: int
-    step_ends: list  # index in input_ids of each step's last token
-    labels: list | None = None  # a float in [0, 1] for each step, or None
-    correct: bool | None = None  # is the final answer right? None: unknown
-    first_error: int | None = None  # the first wrong step's index, -1: there is none, None: unknown
-    answer: str | None = None
-    source: str = ""  # FILE:LINE
-
-    def __len__(self):
-        return len(self.input_ids)
 
 
 class Examples(collections.abc.Sequence):
@@ -434,64 +504,6 @@ def hold_out(rows, fraction=0.05):
     if packed:
         return rows.take(train), rows.take(rest)
     return [rows[i] for i in train], [rows[i] for i in rest]
-
-
-# --------------------------------------------------------------------------------------------------
-# Examples to tensors, and the order in which batches come.
-
-
-def collate(examples, pad_id, device="cpu"):
-    """Right-padded tensors of B examples with up to T tokens and S steps.
-
-    -> input_ids, attention_mask (B, T); response_mask (B, T-1), True where the *next* token belongs
-    to the response;
-       step_ends (B, S) indices into T; step_mask (B, S); labels (B, S), 0 where there are none;
-       outcomes (B,).
-    """
-    B, T, S = len(examples), max(map(len, examples)), max(len(e.step_ends) for e in examples)
-    input_ids, attention_mask = np.full((B, T), pad_id), np.zeros((B, T), dtype=np.int64)
-    response_mask = np.zeros((B, T - 1), dtype=bool)
-    step_ends, step_mask = np.zeros((B, S), dtype=np.int64), np.zeros((B, S), dtype=bool)
-    labels, outcomes = np.zeros((B, S), dtype=np.float32), np.zeros(B, dtype=np.float32)
-    for b, e in enumerate(examples):
-        tokens, steps = len(e), len(e.step_ends)
-        input_ids[b, :tokens], attention_mask[b, :tokens] = e.input_ids, 1
-        response_mask[b, e.prompt_length - 1 : tokens - 1] = True
-        step_ends[b, :steps], step_mask[b, :steps] = e.step_ends, True
-        labels[b, :steps] = e.labels or 0
-        outcomes[b] = float(e.correct or 0)
-    arrays = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "response_mask": response_mask,
-        "step_ends": step_ends,
-        "step_mask": step_mask,
-        "labels": labels,
-        "outcomes": outcomes,
-    }
-    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-
-
-def batches(lengths, batch_size, seed=0, start=0):
-    """Index lists of one global batch after another, without end, from the `start`-th on: all a
-    resumed run must know.
-
-    Each epoch is shuffled, cut into windows of 50 batches, and sorted by length within a window, so
-    that a batch's rows are of like length and little is padded; then the batches are shuffled. What
-    is left at an epoch's end is skipped.
-    """
-    lengths = np.asarray(lengths)
-    per_epoch = max(1, len(lengths) // batch_size)
-    for epoch in itertools.count(start // per_epoch):
-        rng = np.random.default_rng([seed, epoch])
-        repeats = -(-batch_size // len(lengths))  # fewer rows than a batch: some come twice
-        order = np.concatenate([rng.permutation(len(lengths)) for _ in range(repeats)])
-        order, window = order[: per_epoch * batch_size], 50 * batch_size
-        windows = np.split(order, range(window, len(order), window))
-        order = np.concatenate([w[np.argsort(lengths[w], kind="stable")] for w in windows])
-        first = start % per_epoch if epoch == start // per_epoch else 0
-        for i in rng.permutation(per_epoch)[first:]:
-            yield order[i * batch_size : (i + 1) * batch_size].tolist()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@ against many, model folders of every kind, gradients that depend on nothing but 
 
 import dataclasses
 import itertools
-import functools
 import json
 import math
 import os
@@ -841,8 +840,8 @@ def runs(home, tmp_path_factory):
 def test_labels_of_the_level_with_a_choice():
     """`--label_kind correct`: right until the first wrong step, for training and evaluation."""
     cfg = tdrm.Config(data=("builtin-choice",), label_kind="correct", problems=50)
-    encode = functools.partial(data.encode_trajectory, data.builtin_tokenizer())
-    examples, held_out, labelled, _ = tdrm.load_data(cfg, "builtin-choice", encode)
+    loaded = tdrm.load_data(cfg, "builtin-choice", data.builtin_tokenizer(), Processes())
+    examples, held_out, labelled, _ = loaded
     assert labelled and len(examples) == 200 and len(held_out) == 2000
     for e in [*examples, *held_out]:
         right = e.first_error if e.first_error >= 0 else len(e.step_ends)
