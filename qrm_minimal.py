@@ -329,16 +329,19 @@ def read_files(paths, cfg, tokenizer, procs):
 def encode_pairs(pairs, encode, max_length, procs=Processes()):
     """-> Pairs that fit, number left out: of two equal responses (nothing to learn), or too
     long."""
-    rows, kept = [], []
-    for pair in pairs:
-        for side in ("chosen", "rejected"):
-            row = {"prompt": pair["prompt"], "completions": pair[side]}
-            rows.append(row | {"source": pair.get("source", "--data")})
-    sides = data.encode_all(rows, encode, procs)
-    ids = [e.input_ids for e in sides.known()]
-    for i in range(0, len(sides), 2):
-        if max(sides.lengths[i : i + 2]) <= max_length and ids[i] != ids[i + 1]:
-            kept += [i, i + 1]
+
+    def rows():
+        for pair in pairs:
+            row = {"prompt": pair["prompt"], "source": pair.get("source", "--data")}
+            for side in ("chosen", "rejected"):
+                yield row | {"completions": pair[side]}
+
+    sides, kept = data.encode_all(rows(), encode, procs), []
+    known = sides.known()
+    for i, (chosen, rejected) in enumerate(zip(known, known)):
+        length = max(sides.lengths[2 * i : 2 * i + 2])
+        if length <= max_length and chosen.input_ids != rejected.input_ids:
+            kept += [2 * i, 2 * i + 1]
     if not kept:
         what = f"none of the {len(pairs)} pairs fits (the longest: {max(sides.lengths)} tokens)"
         raise BadInput(f"--max_length {max_length}: {what} and is of two different responses")

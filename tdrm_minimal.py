@@ -270,7 +270,7 @@ def score_file(cfg, procs):
     rows = read_trajectories(cfg.score, layout.step_end, outcome=False)
     scored, count = [], 0  # (example, its values)
     while chunk := list(itertools.islice(rows, 64 * procs.world)):
-        examples = [data.encode_rows([row], reward.encode, math.inf)[0][0] for row in chunk]
+        examples = list(data.encode_some(chunk, reward.encode))
         fit = [e for e in examples if len(e) <= cfg.max_length]
         values = dict(zip(map(id, fit), reward.score_steps(fit, procs)))
         for e in examples if procs.rank == 0 else ():

@@ -7,7 +7,6 @@ import sys
 import pytest
 from conftest import ROOT
 
-
 PARTS = [("tdrm", "ours / published"), ("gpu", "tokens a second"), ("loading", "200 rows, ")]
 
 
