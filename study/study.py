@@ -119,7 +119,7 @@ class Study:
                 costs.append(json.load(f))
         commits = sorted({cost["commit"] for cost in costs})
         seconds = round(sum(cost["core_seconds"] for cost in costs))
-        return {"commit": " ".join(commits), "core_seconds": seconds, "seeds": self.seeds}
+        return {"commit": " ".join(commits), "core_seconds": seconds}
 
     def choose(self, settings):
         """The settings {row: options} to run: all, in a quick study the first and the last."""
