@@ -205,7 +205,7 @@ def choice(path, methods, sweep):
             mean, half = spread([x - y for x, y in zip(*pair)])
             colour = COLOURS["TDRM" if mean > 0 else "ScalarPRM"]
             rows[-1] += [mean, mean - half, mean + half, colour]
-    title = "TD targets"
+    title = "Several right steps, labelled right or wrong: TD targets draw level, no more"
     shown = "accuracy with a TDRM minus accuracy with a ScalarPRM, paired by seed; 95% intervals"
     ticks = (-0.1, -0.05, 0, 0.05, 0.1)
     dots(path, title, shown, rows, ticks, "left: ScalarPRM better; right: TDRM better", left=240)
