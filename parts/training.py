@@ -69,10 +69,10 @@ def token_logprobs(model, input_ids, mask, temperature=1.0, at_once=2**25):
 
     Only the tokens asked for go through the vocabulary projection, `at_once` logits at a time, and
     the backward pass makes them again: the array (tokens x vocabulary) is never there whole.
-    Comes along: token_logits of parts/models.py; `recompute`, torch.utils.checkpoint.checkpoint.
+    Comes along: hidden_states, takes_cache; token_logits of parts/models.py; `recompute`,
+    torch.utils.checkpoint.checkpoint.
     """
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    hidden, targets = hidden[:, :-1][mask], input_ids[:, 1:][mask]  # (n, hidden), (n,)
+    hidden, targets = hidden_states(model, input_ids, mask), input_ids[:, 1:][mask]  # (n, .), (n,)
 
     def project(hidden, targets):
         # No name for the logits: it would keep one array of (tokens of a chunk, V) more.
@@ -89,6 +89,41 @@ def token_logprobs(model, input_ids, mask, temperature=1.0, at_once=2**25):
     blank = hidden.new_zeros(mask.shape, dtype=torch.float32)
     logprobs, entropy = (torch.cat(parts) for parts in zip(*chunks))
     return blank.masked_scatter(mask, logprobs), blank.masked_scatter(mask, entropy)
+
+
+def hidden_states(model, input_ids, mask):
+    """Last hidden states of the tokens before those that `mask` asks for: input_ids (B, T), mask
+    (B, T-1) -> (n, hidden), row by row.
+
+    What stands before a row's first token asked for is its prompt. One that several rows share is
+    read once, and their other tokens behind a cache of it, where that spares a fifth of the tokens.
+    """
+    (B, T), slots = input_ids.shape, torch.arange(input_ids.shape[1], device=input_ids.device)
+    lengths = mask.int().argmax(1) + 1  # (B,) tokens of the prompts
+    P, R = int(lengths.max()), int((mask * slots[1:] - lengths[:, None]).max()) + 1
+    prompts = input_ids[:, :P].where(slots[:P] < lengths[:, None], -1)  # (B, P)
+    prompts, rows = prompts.unique(dim=0, return_inverse=True)  # (U, P), the prompt of each row
+    spares = R > 1 and prompts.numel() + B * (R - 1) < 0.8 * B * T
+    if not spares or not takes_cache(model):
+        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden[:, :-1][mask]
+    before = model.base_model(input_ids=prompts.clamp(min=0), use_cache=True)
+    cache = before.past_key_values
+    cache.batch_select_indices(rows)
+    at = (lengths[:, None] - 1 + slots[:R]).clamp(max=T - 1)  # (B, R) places of the states wanted
+    real = F.pad(slots[:P] < lengths[:, None], (0, R - 1), value=True)  # (B, P + R-1)
+    options = {"attention_mask": real.long(), "position_ids": at[:, 1:], "past_key_values": cache}
+    after = model.base_model(input_ids=input_ids.gather(1, at[:, 1:]), **options)
+    last = before.last_hidden_state[rows, lengths - 1]  # (B, hidden)
+    hidden = torch.cat([last[:, None], after.last_hidden_state], 1)  # (B, R, hidden)
+    return hidden[F.pad(mask, (0, 1)).gather(1, at)]
+
+
+def takes_cache(model):
+    """Not where activations are recomputed, nor where layers see less than the whole text."""
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
+    whole = set(kinds) == {"full_attention"} and not getattr(model.config, "sliding_window", None)
+    return whole and not (model.training and model.is_activation_checkpointing)
 
 
 class Policy(torch.nn.Module):

@@ -1,12 +1,13 @@
-"""Speed, measured side by side. `python study/bench.py` lists the parts; `... PART` runs one.
+"""Speed, measured side by side. `python study/bench.py` lists the parts; `... PART` runs one on the
+built-in model and task; with --real on SmolLM2-135M-Instruct (the folder that SMOLLM2_DIR names)
+and GSM8K (GSM8K_DIR); in fp32 or with --dtype bfloat16.
 
 Two sides run in turn, A B A B ..., because a machine drifts by ten percent within minutes; the
 ratio is taken within each pair: median (smallest to largest). A ratio far from what counting
 tokens predicts wants an explanation. Close other programs first: a thread that has to wait for its
 core holds up all the others.
 
-tdrm: trajectories a second in the loop of tdrm_minimal.main, fp32 on the CPU, random weights,
-  against
+tdrm: trajectories a second in the loop of tdrm_minimal.main against
   - the published algorithm: each transition (s_t, s_t+1) is a row of its own and all rows are
     shuffled. A row takes a forward with gradient over s_t and one without over s_t+1 (a last
     state is spared that), in padded micro-batches of 16, as many rows to an optimizer step as our
@@ -15,20 +16,24 @@ tdrm: trajectories a second in the loop of tdrm_minimal.main, fp32 on the CPU, r
     AdamW, no checkpointing, saving, logging or evaluation; timed between two optimizer steps, so
     without its setup. It takes rows in random order, we batch rows of like length: "in random
     order" leaves out what that wins.
-  Workloads: toy, the built-in policy and task; long, 60 + 16 x 24 tokens, 4 layers of 256.
+  Workloads: toy, the built-in policy and task; long, 60 + 16 x 24 tokens, 4 layers of 256, random
+  weights. Real: the solutions that four models wrote to GSM8K's questions, a line a step.
 search: problems a second of tree_search against published call structure (a `generate` per kept
-  prefix, a reward-model forward over the whole prefix per candidate), same settings; responses a
-  second of sample() against `generate`, also on responses of very different lengths, where
-  padding is what dropping rows saves: of a policy that answers short and long questions, and
-  random texts, of which no two agree for long: in the built-in policy, where the calls of many
-  small operations take the time, and in one where arithmetic does.
-rl: a GRPO step on verifiable rewards, sampling and update, against TRL's GRPOTrainer if installed.
+  prefix, a reward-model forward over the whole prefix per candidate), same settings.
+sample: responses a second of sample() against `generate`; built-in, also on responses of very
+  different lengths, where padding is what dropping rows saves: of a policy that answers short and
+  long questions, and random texts, of which no two agree for long: in the built-in policy, where
+  the calls of many small operations take the time, and in one where arithmetic does.
+rl: a GRPO step on verifiable rewards, sampling and update, against TRL's GRPOTrainer if installed;
+  scoring by a reward model as large as the policy, ours alone.
 gpu: TDRM and RL steps of a random 7B shape, also against parts/estimate.py.
 loading: rows a second, and memory a row, from a Math-Shepherd file to Examples.
 
 "of peak": the work a step cannot do without over what the same threads reach in a large matrix
-product. For T tokens that is 6 x (weights in linear layers) x T + 6 x layers x hidden x T^2 (half
-of the attention matrix).
+product of the same type. To train on T tokens takes 6 x (weights in linear layers) x T + 6 x layers
+x hidden x T^2 (half of the attention matrix; left out in sample, search and rl), a third of it
+without gradients. A prompt counts once for all its samples, and only what is written passes the
+vocabulary.
 """
 
 import argparse
@@ -39,6 +44,7 @@ import importlib.util
 import itertools
 import json
 import os
+import random
 import resource
 import socket
 import subprocess
@@ -63,39 +69,43 @@ import search_minimal as search  # noqa: E402
 import sft_minimal as sft  # noqa: E402
 import tdrm_minimal as tdrm  # noqa: E402
 from parts import estimate  # noqa: E402
-from parts.decoding import sample  # noqa: E402
-from parts.models import (
-    STEP_ENDS,
-    encode_prompt,
-    load_policy,
-    load_tokenizer,
-    save_model,
-)  # noqa: E402
+from parts.decoding import StepEnd, sample  # noqa: E402
+from parts.formats import read_problems, split_steps  # noqa: E402
+from parts.models import Layout, encode_prompt, end_ids, load_policy  # noqa: E402
+from parts.models import load_tokenizer, save_model  # noqa: E402
 from parts.rewards import RewardModel, load_reward_model, new_reward_model  # noqa: E402
 from parts.runs import Processes, join_processes  # noqa: E402
-from parts.training import Policy, accumulate_gradients, optimizer_step, prepare  # noqa: E402
+from parts.training import DTYPES, Policy, accumulate_gradients  # noqa: E402
+from parts.training import optimizer_step, prepare  # noqa: E402
 import transformers  # noqa: E402  (after ours, which quieten it)
 
 ALONE = Processes()  # one process, on the CPU
-MICRO = 16  # rows in one forward of the published algorithm
 
 
-def compare(title, expected, ours, other, pairs):
-    """Call two functions that return a speed in turn, print what came out -> the median of ours."""
+def compare(title, expected, ours, other, pairs, at_peak=None):
+    """Call two functions that return a speed in turn and print what came out. `at_peak`: seconds
+    that one of what they count would take at the speed of a matrix product."""
     speeds = [(ours(), other()) for _ in range(pairs)]
     a, b = map(median, zip(*speeds))
     ratios = [x / y for x, y in speeds]
     predicted = f"predicted {expected:5.2f}x, " if expected else ""
     spread = f"({min(ratios):.2f} to {max(ratios):.2f}, {pairs} pairs)"
     measured = f"measured {median(ratios):5.2f}x {spread}: {a:.4g} against {b:.4g} a second"
-    print(f"  {title:<28} {predicted}{measured}", flush=True)
-    return a
+    share = f"; {a * at_peak:.0%} and {b * at_peak:.0%} of peak" if at_peak else ""
+    print(f"  {title:<28} {predicted}{measured}{share}", flush=True)
 
 
 def matrix_peak(n, device="cpu", dtype=torch.float32):
     """FLOP/s of a product of two n x n matrices, the best of ten."""
     a = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / min(seconds_of(lambda: a @ a) for _ in range(10))
+
+
+def peak_of(args):
+    peak = matrix_peak(256 if args.quick else 2048, dtype=args.dtype)
+    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{args.part}: {args.dtype}, matrix products reach {peak / 1e9:.0f} GFLOP/s; {threads}")
+    return peak
 
 
 def seconds_of(function):
@@ -111,6 +121,36 @@ def seconds_of(function):
 
 def linear_weights(model):
     return sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+def forward_flops(model, tokens, written=None):
+    """Of a language model that reads `tokens`, `written` of them through the vocabulary; of a
+    reward model."""
+    head = model.get_output_embeddings()
+    flops = 2 * linear_weights(model) * tokens
+    return flops if head is None else flops - 2 * head.weight.numel() * (tokens - written)
+
+
+class Stopwatch:
+    """A function that adds up the seconds it takes."""
+
+    def __init__(self, function):
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, *args, **options):
+        start = time.perf_counter()
+        result = self.function(*args, **options)
+        self.seconds += time.perf_counter() - start
+        return result
+
+
+def setting(args):
+    """-> folder of a policy, problems, how it is asked."""
+    if not args.real:
+        return sft.builtin_policy("builtin", ALONE), data.make_problems(320, "test"), Layout()
+    problems = list(read_problems([os.path.join(os.environ["GSM8K_DIR"], "test.jsonl")]))
+    layout = Layout("{question} Put the answer in \\boxed{}.", steps="line")
+    return os.environ["SMOLLM2_DIR"], problems, layout
 
 
 class Clock(transformers.TrainerCallback):
@@ -143,44 +183,67 @@ TRL = {
 
 
 class Work:
-    """Examples; folders with a policy and a reward model of random weights that all start from."""
+    """Examples; folders of a policy and of a reward model that all sides start from."""
 
-    def __init__(self, folder, policy, examples, sizes):
-        self.policy, self.reward, self.folder = folder + "/policy", folder + "/reward", folder
-        self.tokenizer, self.examples = data.builtin_tokenizer(), examples
+    def __init__(self, folder, policy, examples, sizes, dtype):
+        self.policy, self.reward, self.folder = policy, folder + "/reward", folder
+        self.tokenizer, self.examples, self.dtype = load_tokenizer(policy), examples, dtype
         self.batch_size, self.steps, self.published_steps = sizes  # steps in one measurement
+        self.micro = min(16, 2 * self.batch_size)  # rows in one forward of the published algorithm
         self.cfg = tdrm.Config(n_step=1, batch_size=self.batch_size)
         self.lengths = np.array([len(e) for e in examples])
-        save_model(self.policy, policy, self.tokenizer)
-        new_reward_model(self.policy, self.tokenizer, torch.float32).save(self.reward)
+        new_reward_model(policy, self.tokenizer, dtype).save(self.reward)
 
     def learner(self, head="Token", compiled=False):
         load = getattr(transformers, f"AutoModelFor{head}Classification").from_pretrained
-        reward = RewardModel(load(self.reward, num_labels=1), self.tokenizer)
-        return prepare(reward, replace(self.cfg, compile=compiled), ALONE)
+        model = load(self.reward, num_labels=1, dtype=self.dtype)
+        return prepare(
+            RewardModel(model, self.tokenizer), replace(self.cfg, compile=compiled), ALONE
+        )
 
 
-def toy(folder, quick):
+def toy(folder, args):
     tokenizer = data.builtin_tokenizer()
-    problems = data.make_problems(50 if quick else 1600)
+    problems = data.make_problems(50 if args.quick else 1600)
     rows = data.make_trajectories(problems, 4, label_rollouts=4)
 
     def encode(prompt, steps):
         return data.encode_trajectory(tokenizer, prompt, steps)
 
     examples, _ = data.encode_rows(rows, encode, 2048)
-    return Work(folder, sft.new_policy(tokenizer, 0), examples, (8, 2, 1) if quick else (64, 20, 2))
+    save_model(folder + "/policy", sft.new_policy(tokenizer, 0), tokenizer)
+    sizes = (8, 2, 1) if args.quick else (64, 20, 2)
+    return Work(folder, folder + "/policy", examples, sizes, args.dtype)
 
 
-def long(folder, quick):
-    hidden, steps, count = (64, 4, 8) if quick else (256, 16, 128)
-    policy, examples = wide_policy(512, hidden), []
+def long(folder, args):
+    hidden, steps, count = (64, 4, 8) if args.quick else (256, 16, 128)
     ids = torch.randint(5, 512, (count, 60 + 24 * steps)).tolist()
-    labels = torch.randint(2, (count, steps)).tolist()
+    labels, examples = torch.randint(2, (count, steps)).tolist(), []
     ends = list(range(60 + 23, 60 + 24 * steps, 24))
     for row, mine in zip(ids, labels):
         examples.append(data.Example("", [], row, 60, ends, mine, correct=bool(mine[-1])))
-    return Work(folder, policy, examples, (2, 1, 1) if quick else (8, 4, 1))
+    save_model(folder + "/policy", wide_policy(512, hidden), data.builtin_tokenizer())
+    sizes = (2, 1, 1) if args.quick else (8, 4, 1)
+    return Work(folder, folder + "/policy", examples, sizes, args.dtype)
+
+
+def real(folder, args):
+    """Solutions of at most 256 tokens that four models wrote to GSM8K's questions, in random order.
+    They have no step labels; here all steps are as right as the answer."""
+    policy, _, layout = setting(args)
+    with open(os.path.join(os.environ["GSM8K_DIR"], "example_model_solutions.jsonl")) as f:
+        rows = [json.loads(line) for line in f]
+    tokenizer, examples = load_tokenizer(policy), []
+    solved = [(r["question"], s) for r in rows for s in r.values() if isinstance(s, dict)]
+    random.Random(0).shuffle(solved)
+    for question, found in solved[: 16 if args.quick else 1000]:
+        steps, right = split_steps(found["solution"], layout.step_end), found["is_correct"]
+        spelled = data.encode_trajectory(tokenizer, question, steps, layout=layout)
+        labels = [float(right)] * len(steps)
+        if steps and len(spelled[0]) <= 256:
+            examples.append(data.Example(question, steps, *spelled, labels, right))
+    return Work(folder, policy, examples, (2, 1, 1) if args.quick else (8, 2, 1), args.dtype)
 
 
 def wide_policy(vocabulary, hidden):
@@ -252,13 +315,14 @@ def published_loss(work, learner, rows, states):
     def logits_of(prefixes):
         ids = {"input_ids": prefixes}
         batch = work.tokenizer.pad(ids, padding_side="right", return_tensors="pt")
-        return learner.module.model(**batch, use_cache=False).logits.squeeze(-1)  # (rows,)
+        logits = learner.module.model(**batch, use_cache=False).logits  # (rows, 1)
+        return logits.float().squeeze(-1)
 
     now, following, rewards, targets = (list(column) for column in zip(*rows))
     targets, going_on = torch.tensor(targets), torch.tensor([ids is not None for ids in following])
     if going_on.any():
         with torch.no_grad():
-            values = logits_of([ids for ids in following if ids]).sigmoid()
+            values = logits_of([ids for ids in following if ids is not None]).sigmoid()
         backed_up = torch.tensor(rewards)[going_on] + work.cfg.gamma * values
         targets[going_on] = backed_up.clamp(0, 1)
     return tdrm.value_loss(logits_of(now), targets, 1.0, states)
@@ -266,17 +330,17 @@ def published_loss(work, learner, rows, states):
 
 def published(work, rows):
     per_trajectory = len(rows) / len(work.examples)
-    accumulate = max(1, round(work.batch_size * per_trajectory / MICRO))
-    learner, order = work.learner("Sequence"), shuffled(len(rows), MICRO)
+    accumulate = max(1, round(work.batch_size * per_trajectory / work.micro))
+    learner, order = work.learner("Sequence"), shuffled(len(rows), work.micro)
 
     def run():
         start = time.perf_counter()
         for _ in range(work.published_steps):
             for micro in itertools.islice(order, accumulate):
                 batch = [rows[i] for i in micro]
-                published_loss(work, learner, batch, accumulate * MICRO).backward()
+                published_loss(work, learner, batch, accumulate * work.micro).backward()
             optimizer_step(learner, 1e-5, 1.0)
-        trajectories = work.published_steps * accumulate * MICRO / per_trajectory
+        trajectories = work.published_steps * accumulate * work.micro / per_trajectory
         return trajectories / (time.perf_counter() - start)
 
     return run
@@ -289,11 +353,8 @@ def trl_side(work, trl, warmup=2):
     for row, e in zip(labels, work.examples):
         row[e.step_ends] = e.labels
     rows = {"input_ids": [e.input_ids for e in work.examples], "labels": labels}
-    rows, load = (
-        Dataset.from_dict(rows),
-        transformers.AutoModelForTokenClassification.from_pretrained,
-    )
-    model = load(work.policy, num_labels=2)
+    rows, load = Dataset.from_dict(rows), transformers.AutoModelForTokenClassification
+    model = load.from_pretrained(work.policy, num_labels=2, dtype=work.dtype)
     size = {"per_device_train_batch_size": work.batch_size, "max_steps": warmup + work.steps}
     adamw = {"learning_rate": 1e-5, "weight_decay": 1e-3, "adam_beta2": 0.98}
     args = trl.PRMConfig(work.folder, max_length=None, **size, **adamw, **TRL)
@@ -304,7 +365,7 @@ def trl_side(work, trl, warmup=2):
         trainer = trl.PRMTrainer(*given, callbacks=[clock])
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-        assert not model.is_gradient_checkpointing and model.dtype == torch.float32
+        assert not model.is_gradient_checkpointing and model.dtype == work.dtype
         (begin, _), (end, _) = clock.times[warmup], clock.times[args.max_steps]
         return work.steps * work.batch_size / (end - begin)
 
@@ -312,21 +373,23 @@ def trl_side(work, trl, warmup=2):
 
 
 def part_tdrm(args):
+    """Training steps against the published algorithm and TRL."""
     trl, version = None, "trl (<= 1.13) with PRMTrainer not installed: skipped"
     for place in "trl", "trl.experimental.prm":  # where it was, where it is
         with contextlib.suppress(ImportError):
             if hasattr(module := importlib.import_module(place), "PRMTrainer"):
                 trl, version = module, f"trl {sys.modules['trl'].__version__}"
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {version}")
-    for make in toy, long:
+    peak = peak_of(args)
+    print(f"  {'our layers compiled; ' if args.compile else ''}{version}")
+    for make in (real,) if args.real else (toy, long):
         with tempfile.TemporaryDirectory() as folder:
-            measure_tdrm(make.__name__, make(folder, args.quick), trl, args)
+            measure_tdrm(make(folder, args), make.__name__, trl, peak, args)
 
 
-def measure_tdrm(name, work, trl, args):
+def measure_tdrm(work, name, trl, peak, args):
     lengths, size, rows = work.lengths, work.batch_size, transitions(work, work.examples)
     steps = len(rows) / len(lengths)
-    model = work.learner().module.model
+    model = new_reward_model(work.policy, work.tokenizer, work.dtype).model
     print(
         f"{name}: {model.num_parameters():,} parameters, batch {size}, {steps:.1f} steps, "
         f"{lengths.mean():.1f} tokens each; our gradient is the published one to "
@@ -334,28 +397,20 @@ def measure_tdrm(name, work, trl, args):
     )
     sorted_tokens = padded(lengths, data.batches(lengths, size))
     random_tokens = padded(lengths, shuffled(len(lengths), size))
-    first, second = ([len(row[i] or ()) for row in rows] for i in (0, 1))
-    first, second = (padded(column, shuffled(len(rows), MICRO)) for column in (first, second))
+    first, second = ([0 if row[i] is None else len(row[i]) for row in rows] for i in (0, 1))
+    first, second = (padded(column, shuffled(len(rows), work.micro)) for column in (first, second))
     theirs = 3 * first * steps + second * (steps - 1)  # a forward is 1, a backward 2
-    expected, run = theirs / (3 * sorted_tokens), ours(work, data.batches(lengths, size))
-    speed = compare("ours / published", expected, run, published(work, rows), args.repeats)
-    peak = matrix_peak(256 if args.quick else 2048)
     attention = model.config.num_hidden_layers * model.config.hidden_size * lengths
-    flops = (6 * (linear_weights(model) + attention) * lengths).mean()
-    print(f"  ours is {speed * flops / peak:.0%} of peak, {peak / 1e9:.0f} GFLOP/s")
-    fast = other = None
-    if not args.quick:  # compiling takes a while
-        fast = ours(work, data.batches(lengths, size), compiled=True)
-        title, expected = "with --compile / published", 1.15 * expected
-        compare(title, expected, fast, published(work, rows), args.repeats)
+    at_peak = (6 * (linear_weights(model) + attention) * lengths).mean() / peak
+    run = ours(work, data.batches(lengths, size), args.compile)
+    other, expected = published(work, rows), theirs / (3 * sorted_tokens)
+    compare("ours / published", expected, run, other, args.repeats, at_peak)
     if not trl:
         return
     other, expected = trl_side(work, trl), random_tokens / sorted_tokens
-    if fast:
-        compare("with --compile / TRL", 1.1 * expected, fast, other, args.repeats)
-    compare("ours / TRL", expected, run, other, args.repeats)
-    if len(set(lengths)) > 1:
-        unsorted = ours(work, shuffled(len(lengths), size))
+    compare("ours / TRL", expected, run, other, args.repeats, at_peak)
+    if len(set(lengths)) > 1 and not args.real:
+        unsorted = ours(work, shuffled(len(lengths), size), args.compile)
         compare("ours in random order / TRL", 1, unsorted, other, args.repeats)
 
 
@@ -375,34 +430,35 @@ def largest_difference(work):
 # search
 
 
-def naive_beam_search(model, prm, tokenizer, problem, keep, expand, max_depth=12):
+def naive_beam_search(model, prm, tokenizer, layout, problem, sizes, max_depth=12):
     """Beam search as published code calls it: one `generate` per kept prefix, one reward-model
-    forward over the whole prefix per candidate, one problem at a time. The built-in tokenizer
-    closes a step with one token."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": 64}
-    options |= {
-        "eos_token_id": [eos, tokenizer.convert_tokens_to_ids(STEP_ENDS["blank"])],
-        "pad_token_id": pad,
-    }
-    prompt = encode_prompt(tokenizer, problem["question"])
-    frontier, finished = [prompt], []
+    forward over the whole prefix per candidate, one problem at a time."""
+    eos, pad = end_ids(tokenizer, model.generation_config), tokenizer.pad_token_id
+    texts = StepEnd(tokenizer, "cpu", model.config.vocab_size, layout.step_end)
+    closing = eos + texts.blank.nonzero()[:, 0].tolist()
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "eos_token_id": closing}
+    options |= {"max_new_tokens": sizes["max_step_tokens"], "pad_token_id": pad}
+    prompt = encode_prompt(tokenizer, layout.ask(problem["question"]))
+    frontier, finished, keep = [prompt], [], sizes["keep"]
+    longest = len(prompt) + sizes["max_new_tokens"]
     for depth in range(max_depth):
-        candidates, count = [], expand if depth else keep * expand
+        candidates, count = [], sizes["expand"] if depth else keep * sizes["expand"]
         for prefix in frontier:
             ids = model.generate(torch.tensor([prefix]), num_return_sequences=count, **options)
             for row in ids.tolist():
-                while row[-1] == pad:
-                    row.pop()
+                new = row[len(prefix) :]
+                ends = [i + 1 for i, token in enumerate(new) if token in closing]
+                row = prefix + new[: ends[0] if ends else None]  # the rest is padding
                 if row not in candidates:
                     candidates.append(row)
         scored = list(finished)
         for row in candidates:
-            prefix = row[:-1] if row[-1] == eos else row
+            prefix = row[:-1] if row[-1] in eos else row
             scored.append((prm(torch.tensor([prefix])).logits[0, -1, 0].item(), row))
         kept = sorted(scored, key=lambda pair: -pair[0])[:keep]
-        finished = [pair for pair in kept if pair[1][-1] == eos]
-        frontier = [row for _, row in kept if row[-1] != eos]
+        over = [row[-1] in eos or len(row) >= longest for _, row in kept]
+        finished = [pair for pair, is_over in zip(kept, over) if is_over]
+        frontier = [row for (_, row), is_over in zip(kept, over) if not is_over]
         if not frontier:
             break
     return tokenizer.decode(kept[0][1][len(prompt) :], skip_special_tokens=True)
@@ -438,84 +494,116 @@ def both_levels(policy):
 
 
 def part_search(args):
-    """Beam search against the published call structure; sample() against `generate`."""
-    folder, prm_folder = sft.builtin_policy("builtin", ALONE), tdrm.builtin_reward_model(
-        None, ALONE
-    )
-    tokenizer, model = load_tokenizer(folder), load_policy(folder, torch.float32)
-    prm, count = load_reward_model(prm_folder, torch.float32), 4 if args.quick else 32
-    problems, right = data.make_problems(count, "test"), {}
-    questions = [p["question"] for p in problems]
+    """Beam search against the published call structure, sampling and scoring."""
+    peak, (folder, problems, layout) = peak_of(args), setting(args)
+    tokenizer, model = load_tokenizer(folder), load_policy(folder, args.dtype)
+    sizes = {"keep": 4, "expand": 4, "max_step_tokens": 64, "max_new_tokens": 256}
+    count = 4 if args.quick else 32
+    if args.real:
+        prm = new_reward_model(folder, tokenizer, args.dtype, layout=layout).eval()
+        sizes |= {"expand": 2, "max_step_tokens": 24, "max_new_tokens": 8 if args.quick else 72}
+        count = 1 if args.quick else 2
+    else:
+        prm = load_reward_model(tdrm.builtin_reward_model(None, ALONE), args.dtype)
+    problems, right, seconds, flops = problems[:count], {}, {"ours": [], "published": []}, []
+    questions, more = [p["question"] for p in problems], {"layout": layout} | sizes
 
-    def timed(side, answer):
-        start = time.perf_counter()
+    def timed(side, sampling, answer):
+        sampling.seconds, start = 0.0, time.perf_counter()
         texts = answer()
-        seconds = time.perf_counter() - start
+        total = time.perf_counter() - start
+        seconds[side].append((sampling.seconds, total - sampling.seconds))
         right[side] = sum(data.verify(t, p["answer"]) for t, p in zip(texts, problems))
-        return count / seconds
+        return count / total
 
     def ours():
-        best, _ = search.tree_search(model, tokenizer, prm, questions, 4, 4)
+        best, read = search.tree_search(model, tokenizer, prm, questions, seed=len(flops), **more)
+        written = read["generated"]
+        parts = forward_flops(model, written, written), forward_flops(prm.model, read["scored"])
+        flops.append(parts)
         return [tokenizer.decode(beam.token_ids, skip_special_tokens=True) for beam in best]
 
     @torch.no_grad()
     def published():
-        return [naive_beam_search(model, prm, tokenizer, p, 4, 4) for p in problems]
+        return [naive_beam_search(model, prm, tokenizer, layout, p, sizes) for p in problems]
 
-    print(f"search: problems a second, beam 4 x expand 4, {count} problems at once")
-    sides = (lambda: timed("ours", ours)), (lambda: timed("published", published))
+    print(f"  problems a second, beam {sizes['keep']} x expand {sizes['expand']}, {count} at once")
+    search.decode, model.generate = Stopwatch(search.decode), Stopwatch(model.generate)
+    sides = (lambda: timed("ours", search.decode, ours),)
+    sides += (lambda: timed("published", model.generate, published),)
     compare("published calls, one by one", None, *sides, args.repeats)
     print(f"  right answers: ours {right['ours']}, published {right['published']} of {count}")
+    for side, parts in seconds.items():
+        print_split(side, ("sampling", "scoring"), parts, np.mean(flops, axis=0), peak)
 
-    print(
-        "sample(): responses a second, 16 prompts x 8, against transformers' generate; predicted: "
-    )
-    print("padded / real tokens")
-    asked = [p["question"] for p in data.make_problems(16, "test")]
-    measure_sampling("built-in policy", model, tokenizer, asked, 64, args)
+
+def print_split(side, names, seconds, flops, peak):
+    """Of each phase the median seconds and the share of peak that the work needed makes of them."""
+    parts = []
+    for name, taken, needed in zip(names, np.median(seconds, axis=0), flops):
+        parts.append(f"{name} {taken:.3f} s ({needed / taken / peak:.0%} of peak)")
+    print(f"  {side:<9} {', '.join(parts)}")
+
+
+def part_sample(args):
+    """sample() against transformers' `generate`."""
+    peak, (folder, problems, layout) = peak_of(args), setting(args)
+    tokenizer, model = load_tokenizer(folder), load_policy(folder, args.dtype)
+    asked = [layout.ask(p["question"]) for p in problems]
+    print("  responses a second; predicted: tokens through the model")
+    if args.real:
+        sizes = (2, 2, 4) if args.quick else (4, 4, 48)
+        return measure_sampling("SmolLM2", model, tokenizer, asked, sizes, peak, args)
+    asked, policies = asked[:16], [("random texts", copy.deepcopy(model))]
+    measure_sampling("built-in policy", model, tokenizer, asked, (16, 8, 64), peak, args)
     if not args.quick:  # short and long responses of a policy that means them
-        both = load_policy(both_levels(folder), torch.float32)
+        both = load_policy(both_levels(folder), args.dtype)
         wide = widened(both, 8192)
         for counts in (8, 8), (12, 4):
             mixed = []
             for n, level in zip(counts, data.LEVELS):
                 mixed += [p["question"] for p in data.make_problems(n, "test", level=level)]
-            title = f"{counts[0]} short, {counts[1]} long"
-            measure_sampling(title, both, tokenizer, mixed, 128, args)
-            measure_sampling(title + ", 3M parameters", wide, tokenizer, mixed, 128, args)
-    wide = wide_policy(len(tokenizer), 64 if args.quick else 256)
-    for title, policy in ("random texts", copy.deepcopy(model)), ("random texts, 4M", wide):
+            title, sizes = f"{counts[0]} short, {counts[1]} long", (16, 8, 128)
+            measure_sampling(title, both, tokenizer, mixed, sizes, peak, args)
+            title += ", 3M parameters"
+            measure_sampling(title, wide, tokenizer, mixed, sizes, peak, args)
+    wide = wide_policy(len(tokenizer), 64 if args.quick else 256).to(args.dtype)
+    for title, policy in *policies, ("random texts, 4M", wide):
         with torch.no_grad():  # every token as likely as the end: lengths from 1 to over 100
             policy.eval().lm_head.weight.zero_()
         for longest in (32, 64, 160):
-            name = f"{title}, {longest} at most"
-            measure_sampling(name, policy, tokenizer, asked, longest, args)
+            name, sizes = f"{title}, {longest} at most", (16, 8, longest)
+            measure_sampling(name, policy, tokenizer, asked, sizes, peak, args)
 
 
-def measure_sampling(title, policy, tokenizer, asked, longest, args):
-    prompts, tokens = [encode_prompt(tokenizer, q) for q in asked], []
+def measure_sampling(title, policy, tokenizer, asked, sizes, peak, args):
+    """`sizes`: prompts, samples of each, the most tokens."""
+    (count, n, longest), lengths = sizes, []
+    prompts = [encode_prompt(tokenizer, q) for q in asked[:count]]
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "use_cache": True}
-    options |= {"num_return_sequences": 8, "max_new_tokens": longest}
+    options |= {"num_return_sequences": n, "max_new_tokens": longest}
     options["pad_token_id"] = tokenizer.pad_token_id
 
     def library():
         ids = {"input_ids": prompts}
         batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
-        start = time.perf_counter()
-        policy.generate(**batch, **options)
-        return 128 / (time.perf_counter() - start)
+        return count * n / seconds_of(lambda: policy.generate(**batch, **options))
 
     def mine():
-        start, options = time.perf_counter(), {"max_new_tokens": longest, "seed": len(tokens)}
-        samples = sample(policy, tokenizer, prompts, 8, **options)
+        start, options = time.perf_counter(), {"max_new_tokens": longest, "seed": len(lengths)}
+        samples = sample(policy, tokenizer, prompts, n, **options)
         seconds = time.perf_counter() - start
-        lengths = [len(s.token_ids) for row in samples for s in row]
-        tokens.append(len(lengths) * max(lengths) / sum(lengths))
-        return 128 / seconds
+        lengths.append([len(s.token_ids) for row in samples for s in row])
+        return count * n / seconds
 
     mine(), library()
-    compare(title, np.mean(tokens), mine, library, args.repeats)  # what dropping rows could save
-    print(f"  padded / real tokens: {np.mean(tokens):.2f}")
+    written, most = np.sum(lengths), sum(max(row) for row in lengths) * count * n
+    read = sum(map(len, prompts)) * len(lengths)
+    padding = max(map(len, prompts)) * count * n * len(lengths)
+    expected = (padding + most) / (read + written)
+    at_peak = forward_flops(policy, read + written, written) / peak / len(lengths) / count / n
+    compare(title, expected, mine, library, args.repeats, at_peak)
+    print(f"  padded / real response tokens: {most / written:.2f}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -525,28 +613,39 @@ def measure_sampling(title, policy, tokenizer, asked, longest, args):
 class RLSide:
     """Our GRPO steps on verifiable rewards; how long sampling and update took, and on how much."""
 
-    def __init__(self, folder, prompts, group, steps):
-        sizes = {"prompts_per_step": prompts, "group_size": group, "max_new_tokens": 64}
-        self.cfg = rl.Config(batch_size=prompts * group, lr=1e-9, **sizes)
-        module = Policy(load_policy(folder, torch.float32), load_tokenizer(folder))
-        self.learner, self.steps = prepare(module, self.cfg, ALONE), steps
-        self.problems = data.make_problems(prompts * 20)
-        self.seconds, self.tokens, self.count = [], [], itertools.count()
+    def __init__(self, args):
+        folder, self.problems, layout = setting(args)
+        prompts, group, longest, self.steps = (16, 8, 64, 8) if not args.real else (4, 4, 48, 1)
+        if args.quick:
+            prompts, group, longest, self.steps = 2, 2, 8, 1
+        sizes = {"prompts_per_step": prompts, "group_size": group, "max_new_tokens": longest}
+        self.cfg = rl.Config(lr=1e-9, compile=args.compile, **sizes)
+        module = Policy(load_policy(folder, args.dtype), load_tokenizer(folder), layout)
+        self.learner, self.model = prepare(module, self.cfg, ALONE), module.model
+        self.seconds, self.flops, self.count = [], [], itertools.count()
 
     def run(self):
         """-> steps a second."""
-        begin, sampling, prompts = time.perf_counter(), 0.0, self.cfg.prompts_per_step
+        sampling, update, prompts = 0.0, 0.0, self.cfg.prompts_per_step
         for step in itertools.islice(self.count, self.steps):
-            start, first = time.perf_counter(), step * prompts % len(self.problems)
+            start, first = time.perf_counter(), step * prompts % (len(self.problems) - prompts)
             asked = self.problems[first : first + prompts]
-            rollouts = rl.roll_out(self.learner.module, asked, step * prompts, self.cfg, ALONE)
-            sampling += time.perf_counter() - start
-            correct = torch.tensor([r.correct for r in rollouts])
-            advantages = rl.group_advantages(correct, self.cfg.group_size).tolist()
-            self.tokens.append(learn(self.learner, rollouts, advantages, self.cfg, ALONE)[:2])
-        total = time.perf_counter() - begin
-        self.seconds.append((sampling / self.steps, (total - sampling) / self.steps))
-        return self.steps / total
+            self.rollouts = rl.roll_out(self.learner.module, asked, first, self.cfg, ALONE)
+            middle, correct = time.perf_counter(), [r.correct for r in self.rollouts]
+            advantages = rl.group_advantages(torch.tensor(correct), self.cfg.group_size).tolist()
+            learn(self.learner, self.rollouts, advantages, self.cfg, ALONE)
+            sampling += middle - start
+            update += time.perf_counter() - middle
+            self.flops.append(self.needed())
+        self.seconds.append((sampling / self.steps, update / self.steps))
+        return self.steps / (sampling + update)
+
+    def needed(self):
+        """FLOPs of sampling and of the update: a prompt is one for all its samples."""
+        written = sum(len(r.old_logprobs) for r in self.rollouts)
+        read = sum(r.prompt_length for r in self.rollouts[:: self.cfg.group_size])
+        forward = forward_flops(self.model, read + written, written)
+        return forward, 3 * forward
 
 
 def learn(learner, rollouts, advantages, cfg, procs):
@@ -559,68 +658,56 @@ def learn(learner, rollouts, advantages, cfg, procs):
 
 
 def part_rl(args):
-    """Seconds a GRPO step on verifiable rewards, split into sampling and update, against TRL's."""
-    folder, group = sft.builtin_policy("builtin", ALONE), 8
-    prompts, steps = (2, 1) if args.quick else (16, 8)
-    mine = RLSide(folder, prompts, group, steps)
+    """A GRPO step on verifiable rewards against TRL's; scoring by a reward model, ours alone."""
+    peak, mine = peak_of(args), RLSide(args)
     mine.run()
     trl = importlib.import_module("trl") if importlib.util.find_spec("trl") else None
     version = f"trl {trl.__version__}" if trl else "trl not installed: ours alone"
-    threads = f"up to 64 tokens, {torch.get_num_threads()} threads"
-    print(f"rl: steps a second, {prompts} prompts x {group} samples, {threads}; {version}")
-    sides = {"ours": mine.seconds}
+    cfg, sides = mine.cfg, {"ours": mine.seconds}
+    size = f"{cfg.prompts_per_step} prompts x {cfg.group_size} samples x {cfg.max_new_tokens}"
+    print(f"  steps a second, {size} tokens at most; {version}")
     if trl:
         with tempfile.TemporaryDirectory() as place:
-            other = TRLSide(trl, place, folder, mine)
+            other = TRLSide(trl, place, mine)
             sides["TRL"] = other.seconds
             compare("ours / TRL GRPOTrainer", None, mine.run, other.run, args.repeats)
     else:
         speed = median(mine.run() for _ in range(args.repeats))
         print(f"  ours: {speed:.3g} steps a second")
-    peak, weights = matrix_peak(256 if args.quick else 2048), linear_weights(mine.learner.module)
-    written, whole = np.mean(mine.tokens, axis=0)
     for side, parts in sides.items():
-        sampling, update = np.median(parts, axis=0)
-        shares = 2 * weights * written / sampling / peak, 6 * weights * whole / update / peak
-        print(
-            f"  {side:<5} sampling {sampling:.3f} s ({shares[0]:.0%} of peak), update "
-            f"{update:.3f} s ({shares[1]:.0%})"
-        )
-    print(
-        f"  {written:.0f} tokens written a step, {whole:.0f} with prompts; {peak / 1e9:.0f} GFLOP/s"
-    )
+        print_split(side, ("sampling", "update"), parts, np.mean(mine.flops, axis=0), peak)
+    module = mine.learner.module
+    prm = new_reward_model(module.model.name_or_path, module.tokenizer, args.dtype)
+    examples = rl.encode_for(prm, mine.rollouts)
+    seconds = [[seconds_of(lambda: prm.score_steps(examples, ALONE))] for _ in range(3)]
+    flops = forward_flops(prm.model, sum(map(len, examples)))
+    print_split("ours", ("scoring by a reward model as large",), seconds, [flops], peak)
 
 
 class TRLSide:
     """The same steps in TRL's GRPOTrainer."""
 
-    def __init__(self, trl, place, folder, mine, warmup=1):
+    def __init__(self, trl, place, mine, warmup=1):
         from datasets import Dataset  # comes with trl
 
-        self.trl, self.warmup, self.sampling, self.seconds = trl, warmup, 0.0, []
-        self.model, self.tokenizer = load_policy(folder, torch.float32), load_tokenizer(folder)
-        self.generate, self.model.generate = self.model.generate, self.timed
-        rows, group = [], mine.cfg.group_size
+        folder, self.trl, self.warmup = mine.model.name_or_path, trl, warmup
+        self.model, self.tokenizer = load_policy(folder, mine.model.dtype), load_tokenizer(folder)
+        self.model.generate, self.seconds = Stopwatch(self.model.generate), []
+        rows, cfg, layout = [], mine.cfg, mine.learner.module.layout
         for p in mine.problems:
-            message = {"role": "user", "content": p["question"]}
+            message = {"role": "user", "content": layout.ask(p["question"])}
             rows.append({"prompt": [message], "answer": p["answer"]})
-        self.rows, self.steps = Dataset.from_list(rows), mine.steps
-        size = {"per_device_train_batch_size": mine.cfg.batch_size, "num_generations": group}
-        size |= {"max_completion_length": 64, "max_steps": warmup + mine.steps}
+        self.rows, self.steps, batch = Dataset.from_list(rows), mine.steps, len(mine.rollouts)
+        size = {"per_device_train_batch_size": batch, "num_generations": cfg.group_size}
+        size |= {"max_completion_length": cfg.max_new_tokens, "max_steps": warmup + mine.steps}
         same = {"learning_rate": 1e-9, "beta": 0.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         self.args = trl.GRPOConfig(place, **size, **same, **TRL)
-
-    def timed(self, *args, **options):
-        start = time.perf_counter()
-        out = self.generate(*args, **options)
-        self.sampling += time.perf_counter() - start
-        return out
 
     def reward(self, completions, answer, **_):
         return [float(data.verify(c[0]["content"], a)) for c, a in zip(completions, answer)]
 
     def run(self):
-        self.sampling, clock = 0.0, Clock(lambda: self.sampling)
+        clock = Clock(lambda: self.model.generate.seconds)
         what = {"reward_funcs": self.reward, "args": self.args, "train_dataset": self.rows}
         what |= {"processing_class": self.tokenizer, "callbacks": [clock]}
         trainer = self.trl.GRPOTrainer(self.model, **what)
@@ -886,12 +973,10 @@ def load_once(path, name):
 
 PARTS = {
     "tdrm": (part_tdrm, "steps of tdrm_minimal.py against the published algorithm and TRL"),
-    "search": (part_search, "beam search against one call per prefix; sample() against generate"),
+    "search": (part_search, "beam search against one call per prefix"),
+    "sample": (part_sample, "sample() against transformers' generate"),
     "rl": (part_rl, "a step of rl_minimal.py against TRL's GRPOTrainer, sampling and update"),
-    "gpu": (
-        part_gpu,
-        "TDRM and RL steps of a 7B shape on one GPU (without one: small, on the CPU)",
-    ),
+    "gpu": (part_gpu, "TDRM and RL steps of a 7B shape on one GPU (without one: a small one)"),
     "loading": (part_loading, "rows a second from a Math-Shepherd file to Examples, KiB a row"),
     "startup": (part_startup, "seconds from the command to the first training step"),
 }
@@ -901,8 +986,12 @@ def main():
     parser = argparse.ArgumentParser(description="Speed, measured side by side.")
     parser.add_argument("part", nargs="?", choices=PARTS, help="none: list them")
     parser.add_argument("--repeats", type=int, default=5, help="pairs to measure (default: 5)")
+    parser.add_argument("--real", action="store_true", help="SmolLM2 on GSM8K (tdrm to rl)")
+    parser.add_argument("--dtype", choices=DTYPES[1:], default="float32", help="weights")
+    parser.add_argument("--compile", action="store_true", help="our layers, in tdrm and rl")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
     args = parser.parse_args()
+    args.dtype = getattr(torch, args.dtype)
     if args.part:
         return PARTS[args.part][0](args)
     for name, (_, what) in PARTS.items():

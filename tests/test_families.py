@@ -18,10 +18,12 @@ import qrm_minimal as qrm
 import rl_minimal as rl
 import sft_minimal as sft
 from helpers import metrics, write_rows
+from parts.decoding import pad
 from parts.formats import BadInput
 from parts.models import load_policy, load_tokenizer, save_model
 from parts.rewards import load_reward_model
 from parts.runs import Processes
+from parts.training import token_logprobs
 
 TOKENIZER = data.builtin_tokenizer()
 SIZE = {
@@ -106,6 +108,37 @@ def test_what_is_behind_the_head_matters(name, home):
         hidden = model.base_model(input_ids=ids).last_hidden_state
         bare = model.get_output_embeddings()(hidden)
     assert (logits.log_softmax(-1) - bare.log_softmax(-1)).abs().max() > 1
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shared_prompts(name, recompute, home):
+    """Rows that begin alike: the log-probs and gradients of each row by itself, with the prompt
+    read once. Layers with a sliding window and recomputed ones read every row whole."""
+    model = load_policy(str(home / name), torch.float32).train()
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    prompts, read, logprobs, grads = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 11]], [], [], []
+    rows = [prompts[i % 2] + [5 + i % 7] * (1 + i % 3) for i in range(7)] + [[5]]
+    starts = [len(prompts[i % 2]) for i in range(7)] + [1]  # the last one asks for nothing
+    ids, real = pad(rows, "right", "cpu")
+    mask = (torch.arange(1, ids.shape[1]) >= torch.tensor(starts)[:, None]) & real[:, 1:]
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _, args, options: read.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    for part in ([i] for i in range(8)), [range(8)]:
+        model.zero_grad()
+        read.clear()
+        for i in map(list, part):
+            found, _ = token_logprobs(model, ids[i], mask[i], 0.7)
+            (found * ids[i, 1:]).sum().backward()
+            logprobs += [found.detach()[mask[i]]]
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    hook.remove()
+    torch.testing.assert_close(torch.cat(logprobs[:8]), logprobs[8], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4 * grads[0].abs().max())
+    whole = recompute or name == "gemma2"
+    assert read == ([ids.numel()] if whole else [3 * 6, 8 * 2])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
