@@ -120,7 +120,10 @@ def hidden_states(model, input_ids, mask):
 
 
 def takes_cache(model):
-    """Not where activations are recomputed, nor where layers see less than the whole text."""
+    """Not where activations are recomputed, where layers see less than the whole text, or where
+    they have their places in a cache shared with another model (a reference, parts/rewards.py)."""
+    if next((m.layer_idx for m in model.modules() if hasattr(m, "layer_idx")), 0):
+        return False
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
     whole = set(kinds) == {"full_attention"} and not getattr(model.config, "sliding_window", None)
     return whole and not (model.training and model.is_activation_checkpointing)
