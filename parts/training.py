@@ -126,7 +126,7 @@ def takes_cache(model):
         return False
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
     whole = set(kinds) == {"full_attention"} and not getattr(model.config, "sliding_window", None)
-    return whole and not (model.training and model.is_activation_checkpointing)
+    return whole and not getattr(model, "is_activation_checkpointing", True)
 
 
 class Policy(torch.nn.Module):

@@ -906,7 +906,7 @@ def part_loading(args):
         names = sorted(os.listdir(folder))
         tokenizer = os.path.join(folder, "qwen3" if "qwen3" in names else names[0])
     print(f"tokenizer: {os.path.basename(tokenizer) or 'bytes'}")
-    for count in (200, 400) if args.quick else (10_000, 40_000):
+    for count in (200,) if args.quick else (10_000, 40_000):
         with tempfile.TemporaryDirectory() as place:
             path = os.path.join(place, "rows.jsonl")
             write_shepherd(path, count)

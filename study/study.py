@@ -67,6 +67,7 @@ def execute(out, command, commit):
     log = os.open(out + ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    data.LEVELS |= LEVELS
     sys.argv = [*command.split(), "--out", out, "--resume"]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -317,10 +318,12 @@ CHOICE_SWEEP = {  # level, label kind, the TDRM's options; the ScalarPRM learns 
     "in the order of the question": ("builtin-choice-order", "correct", ONE_STEP),
 }
 BASE = data.LEVELS[CHOICE]
-data.LEVELS["builtin-choice-20"] = replace(BASE, shaky=0.2)
-data.LEVELS["builtin-choice-60"] = replace(BASE, shaky=0.6)
-data.LEVELS["builtin-choice-long"] = replace(BASE, operations=(6, 8))
-data.LEVELS["builtin-choice-order"] = replace(BASE, any_order=False)
+LEVELS = {  # of the runs only
+    "builtin-choice-20": replace(BASE, shaky=0.2),
+    "builtin-choice-60": replace(BASE, shaky=0.6),
+    "builtin-choice-long": replace(BASE, operations=(6, 8)),
+    "builtin-choice-order": replace(BASE, any_order=False),
+}
 
 
 def choice(study):
