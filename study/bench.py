@@ -992,6 +992,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
+    if args.real and not {"SMOLLM2_DIR", "GSM8K_DIR"} <= os.environ.keys():
+        parser.error("--real: SMOLLM2_DIR and GSM8K_DIR name the folders of the model and of GSM8K")
     if args.part:
         return PARTS[args.part][0](args)
     for name, (_, what) in PARTS.items():
