@@ -132,18 +132,21 @@ class Study:
 
     def policy(self, level="builtin"):
         """The built-in policy of a level, trained first."""
-        (folder,) = self.policies(level, [0])
+        (folder,) = self.policies([(level, 0)]).values()
         return folder
 
-    def policies(self, level, seeds):
-        """Of every seed one, which has learned from other solutions."""
-        level = self.size(level, "builtin")
-        name, size = level.removeprefix("builtin"), self.size("", "--steps 30 --eval_problems 20")
-        outs = {s: f"{self.place}/sft{name}{f'-{s}' if s else ''}" for s in seeds}
-        lr = "--lr 6e-3" if level.startswith(CHOICE) else ""
-        base = f"sft_minimal.py --data {level} {lr} {size}"
-        self.run({out: f"{base} --seed {s}" for s, out in outs.items()})
-        return [outs[s] + "/model" for s in seeds]
+    def policies(self, wanted):
+        """[(level, seed)] -> {(level, seed): folder}, trained first. Every seed's policy has
+        learned from other solutions."""
+        outs, commands, size = {}, {}, self.size("", "--steps 30 --eval_problems 20")
+        for level, s in wanted:
+            data_level = self.size(level, "builtin")
+            name = data_level.removeprefix("builtin") + (f"-{s}" if s else "")
+            out = outs[level, s] = f"{self.place}/sft{name}"
+            lr = "--lr 6e-3" if data_level.startswith(CHOICE) else ""
+            commands[out] = f"sft_minimal.py --data {data_level} {lr} {size} --seed {s}"
+        self.run(commands)
+        return {key: out + "/model" for key, out in outs.items()}
 
     def reward_models(self):
         """Every reward model under every seed -> {(method, seed): folder}, trained first."""
@@ -350,24 +353,24 @@ def choice_sweep(study):
 def contest(study, rows, seeds, options, prefix):
     """{row: (level, label kind, TDRM's options)} -> {row: {"ScalarPRM", "TDRM": a list over the
     seeds of accuracies {(search, samples): share}}}."""
-    policies, folders, commands, searches = {}, {}, {}, {}
+    folders, commands, searches = {}, {}, {}
     rows = {row: (study.size(level, "builtin"), *rest) for row, (level, *rest) in rows.items()}
-    for level in {level: 0 for level, _, _ in rows.values()}:
-        # A policy of the level itself for each seed; of another, one for all.
-        own = study.policies(level, seeds if level == CHOICE else [0] * len(seeds))
-        policies |= {(level, s): policy for s, policy in zip(seeds, own)}
+    pairs = list(itertools.product({level: 0 for level, *_ in rows.values()}, seeds))
+    # A policy of the level itself for each seed; of another, one for all.
+    own = {pair: pair if pair[0] == CHOICE else (pair[0], 0) for pair in pairs}
+    policies = study.policies(own.values())
     size = study.size("--problems 4000 --steps 500", "--problems 50 --steps 4")
     methods = ("ScalarPRM", "TDRM")
     for (row, what), m, s in itertools.product(rows.items(), methods, seeds):
         level, kind, targets = what
         learner = f"--method {m} --label_kind {kind} {targets if m == 'TDRM' else ''}"
         out = f"{study.place}/{slug(level + learner)}-{s}"
-        base = f"{TDRM} --model {policies[level, s]} --data {level} --seed {s} {size}"
+        base = f"{TDRM} --model {policies[own[level, s]]} --data {level} --seed {s} {size}"
         commands[out] = f"{base} {learner}"
         folders.setdefault((level, s), {})[row, m] = out + "/model"
     study.run(commands)
     for (level, s), mine in folders.items():
-        base = f"{SEARCH} --model {policies[level, s]} --data {level} --seed {s} {options}"
+        base = f"{SEARCH} --model {policies[own[level, s]]} --data {level} --seed {s} {options}"
         out = f"{study.place}/{prefix}-{level}-{s}"
         searches[out] = f"{base} --prm {' '.join(dict.fromkeys(mine.values()))}"
     study.run(searches)
