@@ -83,8 +83,8 @@ ALONE = Processes()  # one process, on the CPU
 
 
 def compare(title, expected, ours, other, pairs, at_peak=None):
-    """Call two functions that return a speed in turn and print what came out. `at_peak`: seconds
-    that one of what they count would take at the speed of a matrix product."""
+    """Call two functions that return a speed in turn and print what came out -> our median.
+    `at_peak`: seconds that one of what they count would take at the speed of a matrix product."""
     speeds = [(ours(), other()) for _ in range(pairs)]
     a, b = map(median, zip(*speeds))
     ratios = [x / y for x, y in speeds]
@@ -93,6 +93,7 @@ def compare(title, expected, ours, other, pairs, at_peak=None):
     measured = f"measured {median(ratios):5.2f}x {spread}: {a:.4g} against {b:.4g} a second"
     share = f"; {a * at_peak:.0%} and {b * at_peak:.0%} of peak" if at_peak else ""
     print(f"  {title:<28} {predicted}{measured}{share}", flush=True)
+    return a
 
 
 def matrix_peak(n, device="cpu", dtype=torch.float32):
@@ -552,8 +553,10 @@ def part_sample(args):
     asked = [layout.ask(p["question"]) for p in problems]
     print("  responses a second; predicted: tokens through the model")
     if args.real:
-        sizes = (2, 2, 4) if args.quick else (4, 4, 48)
-        return measure_sampling("SmolLM2", model, tokenizer, asked, sizes, peak, args)
+        for sizes in ((2, 2, 4),) if args.quick else ((4, 4, 48), (4, 16, 48)):
+            title = "SmolLM2, {} x {} x {}".format(*sizes)
+            measure_sampling(title, model, tokenizer, asked, sizes, peak, args)
+        return
     asked, policies = asked[:16], [("random texts", copy.deepcopy(model))]
     measure_sampling("built-in policy", model, tokenizer, asked, (16, 8, 64), peak, args)
     if not args.quick:  # short and long responses of a policy that means them
@@ -602,8 +605,20 @@ def measure_sampling(title, policy, tokenizer, asked, sizes, peak, args):
     padding = max(map(len, prompts)) * count * n * len(lengths)
     expected = (padding + most) / (read + written)
     at_peak = forward_flops(policy, read + written, written) / peak / len(lengths) / count / n
-    compare(title, expected, mine, library, args.repeats, at_peak)
+    speed = compare(title, expected, mine, library, args.repeats, at_peak)
     print(f"  padded / real response tokens: {most / written:.2f}")
+    if args.real:
+        linear = longest * linear_seconds(policy, count * n)
+        what = f"the linear layers alone, {longest} times on {count * n} rows"
+        print(f"  ours {count * n / speed:.2f} s; {what}, {linear:.2f} s")
+
+
+@torch.no_grad()
+def linear_seconds(model, rows):
+    """Of the linear layers alone on so many tokens: what no way to decode is spared."""
+    layers, dtype = [m for m in model.modules() if isinstance(m, torch.nn.Linear)], model.dtype
+    inputs = [torch.randn(rows, layer.in_features, dtype=dtype) for layer in layers]
+    return min(seconds_of(lambda: [f(x) for f, x in zip(layers, inputs)]) for _ in range(10))
 
 
 # --------------------------------------------------------------------------------------------------
