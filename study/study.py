@@ -112,16 +112,6 @@ class Study:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def measured(self):
-        """By which commit the runs were made, and the seconds of a core that they took."""
-        costs = []
-        for out in self.outs:
-            with open(at(out + ".cost")) as f:
-                costs.append(json.load(f))
-        commits = sorted({cost["commit"] for cost in costs})
-        seconds = round(sum(cost["core_seconds"] for cost in costs))
-        return {"commit": " ".join(commits), "core_seconds": seconds}
-
     def choose(self, settings):
         """The settings {row: options} to run: all, in a quick study the first and the last."""
         names = [*settings][:: max(1, len(settings) - 1)] if self.quick else settings
@@ -136,15 +126,19 @@ class Study:
         return folder
 
     def policies(self, wanted):
-        """[(level, seed)] -> {(level, seed): folder}, trained first. Every seed's policy has
-        learned from other solutions."""
+        """[(level, seed)] -> {(level, seed): folder}, trained first: each from other solutions; of
+        a level of the sweep from the policy of CHOICE on, which knows all but its facts."""
         outs, commands, size = {}, {}, self.size("", "--steps 30 --eval_problems 20")
+        known = [(CHOICE, s) for level, s in wanted if level in LEVELS]
+        known = self.policies(known) if known else {}
         for level, s in wanted:
             data_level = self.size(level, "builtin")
             name = data_level.removeprefix("builtin") + (f"-{s}" if s else "")
             out = outs[level, s] = f"{self.place}/sft{name}"
-            lr = "--lr 6e-3" if data_level.startswith(CHOICE) else ""
-            commands[out] = f"sft_minimal.py --data {data_level} {lr} {size} --seed {s}"
+            options = f"{size} --lr 6e-3" if level.startswith(CHOICE) else size
+            if level in LEVELS:
+                options += f" --model {known[CHOICE, s]} --steps 600"
+            commands[out] = f"sft_minimal.py --data {data_level} {options} --seed {s}"
         self.run(commands)
         return {key: out + "/model" for key, out in outs.items()}
 
@@ -206,6 +200,17 @@ def accuracies(out, folders):
         for key in [key for key, name in names.items() if name == prm] or [prm]:
             found[method, key, row["n"]] = row["accuracy"]
     return found
+
+
+def measured(outs):
+    """By which commit runs were made, and the seconds of a core that they took."""
+    costs = []
+    for out in outs:
+        with open(at(out + ".cost")) as f:
+            costs.append(json.load(f))
+    commits = sorted({cost["commit"] for cost in costs})
+    seconds = round(sum(cost["core_seconds"] for cost in costs))
+    return {"commit": " ".join(commits), "core_seconds": seconds}
 
 
 def metrics(out):
@@ -315,15 +320,15 @@ CHOICE_SWEEP = {  # level, label kind, the TDRM's options; the ScalarPRM learns 
     "no step rewards": (CHOICE, "correct", f"{ONE_STEP} {NO_REWARDS}"),
     "label: any of 4 rollouts right": (CHOICE, "hard", ONE_STEP),
     "label: share of 4 rollouts right": (CHOICE, "soft", ONE_STEP),
-    "20% of the facts shaky": ("builtin-choice-20", "correct", ONE_STEP),
-    "60% of the facts shaky": ("builtin-choice-60", "correct", ONE_STEP),
+    "20% of the facts shaky": ("builtin-choice-fewer", "correct", ONE_STEP),
+    "60% of the facts shaky": ("builtin-choice-more", "correct", ONE_STEP),
     "6 to 8 operations": ("builtin-choice-long", "correct", ONE_STEP),
     "in the order of the question": ("builtin-choice-order", "correct", ONE_STEP),
 }
 BASE = data.LEVELS[CHOICE]
 LEVELS = {  # of the runs only
-    "builtin-choice-20": replace(BASE, shaky=0.2),
-    "builtin-choice-60": replace(BASE, shaky=0.6),
+    "builtin-choice-fewer": replace(BASE, shaky=0.2),
+    "builtin-choice-more": replace(BASE, shaky=0.6),
     "builtin-choice-long": replace(BASE, operations=(6, 8)),
     "builtin-choice-order": replace(BASE, any_order=False),
 }
@@ -355,22 +360,20 @@ def contest(study, rows, seeds, options, prefix):
     seeds of accuracies {(search, samples): share}}}."""
     folders, commands, searches = {}, {}, {}
     rows = {row: (study.size(level, "builtin"), *rest) for row, (level, *rest) in rows.items()}
-    pairs = list(itertools.product({level: 0 for level, *_ in rows.values()}, seeds))
-    # A policy of the level itself for each seed; of another, one for all.
-    own = {pair: pair if pair[0] == CHOICE else (pair[0], 0) for pair in pairs}
-    policies = study.policies(own.values())
+    levels = dict.fromkeys(level for level, *_ in rows.values())
+    policies = study.policies([*itertools.product(levels, seeds)])
     size = study.size("--problems 4000 --steps 500", "--problems 50 --steps 4")
     methods = ("ScalarPRM", "TDRM")
     for (row, what), m, s in itertools.product(rows.items(), methods, seeds):
         level, kind, targets = what
         learner = f"--method {m} --label_kind {kind} {targets if m == 'TDRM' else ''}"
         out = f"{study.place}/{slug(level + learner)}-{s}"
-        base = f"{TDRM} --model {policies[own[level, s]]} --data {level} --seed {s} {size}"
+        base = f"{TDRM} --model {policies[level, s]} --data {level} --seed {s} {size}"
         commands[out] = f"{base} {learner}"
         folders.setdefault((level, s), {})[row, m] = out + "/model"
     study.run(commands)
     for (level, s), mine in folders.items():
-        base = f"{SEARCH} --model {policies[own[level, s]]} --data {level} --seed {s} {options}"
+        base = f"{SEARCH} --model {policies[level, s]} --data {level} --seed {s} {options}"
         out = f"{study.place}/{prefix}-{level}-{s}"
         searches[out] = f"{base} --prm {' '.join(dict.fromkeys(mine.values()))}"
     study.run(searches)
@@ -658,14 +661,17 @@ def main():
     place, seeds = ("runs/quick", 1) if args.quick else ("runs/study", args.seeds)
     if args.quick:
         shutil.rmtree(at(place), ignore_errors=True)
-    path, results = at("study", "results.json"), {}
+    path, results, outs = at("study", "results.json"), {}, set()
     if not args.quick and os.path.exists(path):
         with open(path) as f:
             results = json.load(f)
     for part in [part for part in args.parts or PARTS if part != "readme"]:
         study = Study(place, seeds, args.jobs, args.quick)
         results[part] = PARTS[part](study)
-        results.setdefault("measured", {})[part] = study.measured()
+        outs |= study.outs
+        results.setdefault("measured", {})[part] = measured(study.outs)
+        if not args.parts:  # parts share runs
+            results["measured"]["all"] = measured(outs)
         for name, lines in tables.TABLES[part](results[part]):
             print(f"\n{name}\n{lines}", flush=True)
         if not args.quick:
