@@ -258,10 +258,9 @@ CURVES = {  # part: what its figure says, {row: (its name there, method, style)}
     "qrm-rl": (
         "Of reward models from pairs, the log-ratio teaches",
         {
-            "REINFORCE, DPO-RM": ("DPO-RM, REINFORCE", "DPO-RM", ""),
-            "PPO, DPO-RM": ("DPO-RM, PPO", "DPO-RM", "dashed"),
-            "REINFORCE, Q-RM": ("Q-RM, REINFORCE", "Q-RM", ""),
-            "REINFORCE, ORM": ("ORM, REINFORCE", "ORM", ""),
+            "DPO-RM": ("DPO-RM", "DPO-RM", ""),
+            "Q-RM": ("Q-RM", "Q-RM", ""),
+            "ORM": ("ORM", "ORM", ""),
         },
     ),
 }

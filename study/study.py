@@ -315,7 +315,6 @@ CHOICE_SWEEP = {  # level, label kind, the TDRM's options; the ScalarPRM learns 
     "n = 3": (CHOICE, "correct", "--n_step 3"),
     "lambda 0.9": (CHOICE, "correct", "--lam 0.9"),
     "gamma 0.6": (CHOICE, "correct", ONE_STEP + " --gamma 0.6"),
-    "gamma 1": (CHOICE, "correct", ONE_STEP + " --gamma 1"),
     "rewards +-0.5 to the end": (CHOICE, "correct", f"{ONE_STEP} {CONSTANT}"),
     "no step rewards": (CHOICE, "correct", f"{ONE_STEP} {NO_REWARDS}"),
     "label: any of 4 rollouts right": (CHOICE, "hard", ONE_STEP),
@@ -397,7 +396,6 @@ LEARNERS = {  # what is bought, which script learns from it
     "TDRM, outcomes": ("outcomes", "tdrm", "TDRM"),
     "ScalarORM, outcomes": ("outcomes", "tdrm", "ScalarORM"),
     "DPO-RM, outcomes": ("outcomes", "qrm", "DPO-RM"),
-    "Q-RM, outcomes": ("outcomes", "qrm", "Q-RM"),
 }
 
 
@@ -461,7 +459,6 @@ RL = {
     "rule-only": "--alpha 1",
     "ScalarPRM blend": "--prm {ScalarPRM}",
     "TDRM blend": "--prm {TDRM}",
-    "TDRM blend, on-policy": "--prm {TDRM} --prm_lr 3e-4",
     "rule-only, dr_grpo": "--alpha 1 --estimator dr_grpo",
     "TDRM blend, dr_grpo": "--prm {TDRM} --estimator dr_grpo",
     "PRM-only": "--prm {TDRM} --alpha 0",
@@ -477,18 +474,12 @@ PRIME = {  # {offline}: a PRM trained on the initial policy's samples
     "policy reference": "--reference policy",
     "policy reference, offline-trained PRM, online": "--reference policy --prm {offline}",
     "no filter": "--accuracy 0 1",
-    "REINFORCE, outcomes": "--estimator reinforce --prm none",
-    "REINFORCE, PRIME": "--estimator reinforce",
     "GRPO, outcomes": "--estimator grpo --prm none",
     "GRPO, PRIME": "--estimator grpo",
-    "PPO, outcomes": "--estimator ppo --prm none",
-    "PPO, PRIME": "--estimator ppo",
     "PRIME as value model": "--estimator value",
-    "control: shuffled over tokens": "--shuffle_process",
     "control: policy reference, offline-trained PRM, shuffled": (
         "--reference policy --prm {offline} --shuffle_process"
     ),
-    "control: process weight 0": "--process_weight 0",
 }
 AGAIN = ("outcomes only", "policy reference, offline-trained PRM, online")
 AGAIN += ("control: policy reference, offline-trained PRM, shuffled",)
@@ -606,23 +597,19 @@ def first_wrong_step(folder, rows):
 
 
 def qrm_rl(study):
-    """REINFORCE and PPO with a reward model of each kind, trained on one set of pairs of the hard
-    level's student solutions."""
+    """REINFORCE with a reward model of each kind, trained on one set of pairs of the hard level's
+    student solutions."""
 
     def solve():
         problems = data.make_problems(study.size(5000, 60), "train", 7, HARD)
         return data.make_trajectories(problems, 8, seed=7, level=HARD)
 
-    path, names, settings = study.rows_file("samples-hard", solve), ("Q-RM", "ORM", "DPO-RM"), {}
+    path = study.rows_file("samples-hard", solve)
     base = f"qrm_minimal.py --model {study.policy(HARD)} --pairs_from {path} --eval_every 0"
-    outs = {name: f"{study.place}/{name}-hard" for name in names}
+    outs = {m: f"{study.place}/{m}-hard" for m in ("Q-RM", "ORM", "DPO-RM")}
     study.run({out: f"{base} --method {m} {study.size('', FEW)}" for m, out in outs.items()})
-    paid = "--credit token --alpha 0 --kl_reward 1 --group_size 1"
-    for how, name in itertools.product(("REINFORCE", "PPO"), names):
-        options = f"{paid} --estimator {how.lower()} --prm {outs[name]}/model"
-        if how == "PPO":  # a Q is a return already
-            options += f" --critic_lr 1e-3 --gamma {0 if name == 'Q-RM' else 0.9}"
-        settings[f"{how}, {name}"] = options
+    paid = "--credit token --alpha 0 --kl_reward 1 --group_size 1 --prm"
+    settings = {name: f"{paid} {out}/model --estimator reinforce" for name, out in outs.items()}
     return curves(study, "rl_minimal.py", settings, "qrm-rl", range(study.seeds))
 
 

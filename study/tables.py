@@ -180,7 +180,7 @@ def prime(results):
 
 
 def qrm_rl(results):
-    yield "qrm-rl", curve_table(results, "REINFORCE, ORM", rising=False)
+    yield "qrm-rl", curve_table(results, "ORM", rising=False)
 
 
 def real(results):
