@@ -208,7 +208,8 @@ def choice(path, methods, sweep):
     title = "Several right steps, labelled right or wrong: TD targets draw level, no more"
     shown = "accuracy with a TDRM minus accuracy with a ScalarPRM, paired by seed; 95% intervals"
     ticks = (-0.1, -0.05, 0, 0.05, 0.1)
-    dots(path, title, shown, rows, ticks, "left: ScalarPRM better; right: TDRM better", left=240)
+    x_label = "left: ScalarPRM better (at the edge: by more); right: TDRM better"
+    dots(path, title, shown, rows, ticks, x_label, left=240)
 
 
 def budget(path, results):
