@@ -166,7 +166,7 @@ def traces(path, solutions):
         parts += panel.parts + [text(left + 2, TOP - 4, solution["title"], size=10)]
     entries = [(name, COLOURS[name], "") for name in names]
     entries.append(("first wrong step", GREY, "dashed"))
-    title, shown = "TDRM's values look ahead", "along three held-out solutions"
+    title, shown = "A TDRM is less sure, and better calibrated", "along three held-out solutions"
     write(path, title, shown, "value", parts + legend(entries))
 
 
