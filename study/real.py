@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import figures
 import tables
-from study import Study, at  # makes what follows importable
+from study import Study, at, measured  # makes what follows importable
 
 import data
 from parts.answers import answer_key, extract_answer
@@ -312,19 +312,19 @@ def main():
     results |= compare(values, train_questions, questions)
     for name, lines in tables.TABLES["real"](results):
         print(f"\n{name}\n{lines}", flush=True)
-    measured = study.measured()
-    measured["core_seconds"] += round(sum(value_seconds.values()))
-    keep(results, measured, args.quick, at(study.place, "figures"))
+    cost = measured(study.outs)
+    cost["core_seconds"] += round(sum(value_seconds.values()))
+    keep(results, cost, args.quick, at(study.place, "figures"))
 
 
-def keep(results, measured, quick, place):
+def keep(results, cost, quick, place):
     """Into results.json, beside what is there; from there into page and figures."""
     path, everything = at("study", "results.json"), {}
     if not quick:
         with open(path) as f:
             everything = json.load(f)
     everything["real"] = results
-    everything.setdefault("measured", {})["real"] = measured
+    everything.setdefault("measured", {})["real"] = cost
     if not quick:
         with open(path + ".tmp", "w") as f:
             json.dump(everything, f, separators=(",", ":"))
