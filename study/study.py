@@ -5,10 +5,10 @@
     targets      what n, lambda, gamma and the step rewards do
     choice       several right steps, labelled right or wrong: are TD targets worth it there?
     choice-sweep what should make the difference larger, or vanish
-    budget       search accuracy against the tokens spent on data, for every kind of reward model
+    budget       search accuracy against the tokens spent on data, by what is bought and learned
     rl           rule-only, blended and PRM-only rewards on the hard level
     prime        PRIME against outcomes only, its design choices, and controls, on the hard level
-    qrm          Q-RM, ORM and DPO-RM, TDRM beside them: pairs, first wrong steps, search
+    qrm          Q-RM, ORM and DPO-RM, TDRM beside them, from the same solutions
     qrm-rl       RL with a Q-RM, an ORM or a DPO-RM and no verifier, on the hard level
     readme       only write tables and figures again
 
@@ -137,17 +137,21 @@ class Study:
             out = outs[level, s] = f"{self.place}/sft{name}"
             options = f"{size} --lr 6e-3" if level.startswith(CHOICE) else size
             if level in LEVELS:
-                options += f" --model {known[CHOICE, s]} --steps 600"
+                options += f" --model {known[CHOICE, s]} --steps 300"
             commands[out] = f"sft_minimal.py --data {data_level} {options} --seed {s}"
         self.run(commands)
         return {key: out + "/model" for key, out in outs.items()}
 
-    def reward_models(self):
-        """Every reward model under every seed -> {(method, seed): folder}, trained first."""
-        base = f"{TDRM} --model {self.policy()} {self.size('', '--problems 50')}"
-        outs = {(m, s): f"{self.place}/{m}-{s}" for m in METHODS for s in range(self.seeds)}
-        self.run({out: f"{base} --method {m} --seed {s}" for (m, s), out in outs.items()})
-        return outs
+    def reward_models(self, settings):
+        """{name: options} -> {(name, seed): folder}: reward models under every seed, trained first,
+        from 32,000 labelled solutions (half the default). Equal options share their runs."""
+        base = f"{TDRM} --model {self.policy()} --problems {self.size(8000, 50)}"
+        folders, commands = {}, {}
+        for (name, options), s in itertools.product(settings.items(), range(self.seeds)):
+            out = folders[name, s] = f"{self.place}/prm-{slug(options)}-{s}"
+            commands[out] = f"{base} --seed {s} {options}"
+        self.run(commands)
+        return folders
 
     def rows_file(self, name, make):
         """`make`() -> rows, as a file of trajectories, once."""
@@ -226,8 +230,11 @@ def slug(name):
 # Reward models, and search with them.
 
 
+THREE = {m: f"--method {m}" for m in METHODS}
+
+
 def tdrm(study):
-    folders, results = study.reward_models(), {}
+    folders, results = study.reward_models(THREE), {}
     for m in METHODS:
         found = [summary(folders[m, s]) for s in range(study.seeds)]
         results[m] = {key: [one[key] for one in found] for key in MEASURES}
@@ -251,34 +258,31 @@ def step_values(folder, rows):
 
 
 def search(study):
-    folders, commands = study.reward_models(), {}
-    full = "--problems 1000 --n 64 --expand 2 4 8 16"
+    trained, outs, commands, results = study.reward_models(THREE), {}, {}, {}
+    full = "--problems 1000 --n 32 --expand 2 4 8 16"
     size = study.size(full, "--problems 8 --n 8 --expand 2")
     for s in range(study.seeds):
-        prms = " ".join(f"{folders[m, s]}/model" for m in METHODS)
-        command = f"{SEARCH} --model {study.policy()} {size} --seed {s} --prm {prms}"
-        commands[f"{study.place}/search-{s}"] = command
+        out = f"{study.place}/search-{s}"
+        outs[out] = {m: f"{trained[m, s]}/model" for m in THREE}
+        base = f"{SEARCH} --model {study.policy()} {size} --seed {s}"
+        commands[out] = f"{base} --prm {' '.join(outs[out].values())}"
     study.run(commands)
-    results = {}
-    for out in commands:
-        for row in summary(out)["rows"]:
-            method = re.sub(r"-\d+$", "", row["method"])  # TDRM-0 is TDRM under seed 0
-            results.setdefault(f"{method} @ {row['n']}", []).append(row["accuracy"])
+    for out, folders in outs.items():
+        for (method, m, n), accuracy in accuracies(out, folders).items():
+            name = f"{method}, {m}" if m else method
+            results.setdefault(f"{name} @ {n}", []).append(accuracy)
     return results
 
 
 # --------------------------------------------------------------------------------------------------
-# What the targets do, with 32,000 trajectories (half the default), unless it says otherwise.
+# What the targets do.
 
-NO_REWARDS = "--correct 0 0 --wrong 0 0 --gamma 1"
-CONSTANT = "--correct 0.5 0.5 --wrong -0.5 -0.5"
 TARGETS = {
     "ScalarPRM": "--method ScalarPRM",
     "TDRM, n = 1": "--n_step 1",
-    "TDRM, n = 3": "",
+    "TDRM, n = 3": "--method TDRM",
     "TDRM, lambda 0.9": "--lam 0.9",
     "TDRM, gamma 0.6": "--gamma 0.6",
-    "TDRM, no step rewards": NO_REWARDS,
     "outcomes only, TDRM n = 3": "--label_rollouts 0 --n_step 3",
     "outcomes only, TDRM n = T": "--label_rollouts 0",
 }
@@ -286,15 +290,10 @@ TARGETS = {
 
 def targets(study):
     """Every setting under every seed: its measures, and greedy search (b = 8)."""
-    settings, outs, commands = study.choose(TARGETS), {}, {}
-    for s, (name, options) in itertools.product(range(study.seeds), settings.items()):
-        out = outs[name, s] = f"{study.place}/targets-{slug(name)}-{s}"
-        base = f"{TDRM} --model {study.policy()} --seed {s} --problems {study.size(8000, 50)}"
-        commands[out] = f"{base} {options}"
-    study.run(commands)
+    settings = study.choose(TARGETS)
+    outs, results = study.reward_models(settings), {name: {} for name in settings}
     folders = [{key: f"{outs[key, s]}/model" for key in settings} for s in range(study.seeds)]
-    results = {name: {} for name in settings}
-    for s, found in enumerate(study.search("targets-search", folders, 4)):
+    for s, found in enumerate(study.search("targets-search", folders, 1)):
         for name, row in results.items():
             numbers = {measure: summary(outs[name, s]).get(measure) for measure in MEASURES}
             numbers["greedy"] = found["greedy search 8", name, 1]
@@ -309,24 +308,20 @@ def targets(study):
 
 SEARCHED = {f"greedy, b = {b}": (f"greedy search {b}", 1) for b in (2, 4, 8, 16)}
 SEARCHED |= {f"best-of-{n}": ("best-of-n", n) for n in (4, 16)}
-ONE_STEP = "--n_step 1"
+ONE_STEP, CONSTANT = "--n_step 1", "--correct 0.5 0.5 --wrong -0.5 -0.5"
 CHOICE_SWEEP = {  # level, label kind, the TDRM's options; the ScalarPRM learns from the same labels
     "n = 1, as above": (CHOICE, "correct", ONE_STEP),
     "n = 3": (CHOICE, "correct", "--n_step 3"),
     "lambda 0.9": (CHOICE, "correct", "--lam 0.9"),
     "gamma 0.6": (CHOICE, "correct", ONE_STEP + " --gamma 0.6"),
     "rewards +-0.5 to the end": (CHOICE, "correct", f"{ONE_STEP} {CONSTANT}"),
-    "no step rewards": (CHOICE, "correct", f"{ONE_STEP} {NO_REWARDS}"),
-    "label: any of 4 rollouts right": (CHOICE, "hard", ONE_STEP),
     "label: share of 4 rollouts right": (CHOICE, "soft", ONE_STEP),
-    "20% of the facts shaky": ("builtin-choice-fewer", "correct", ONE_STEP),
     "60% of the facts shaky": ("builtin-choice-more", "correct", ONE_STEP),
     "6 to 8 operations": ("builtin-choice-long", "correct", ONE_STEP),
     "in the order of the question": ("builtin-choice-order", "correct", ONE_STEP),
 }
 BASE = data.LEVELS[CHOICE]
 LEVELS = {  # of the runs only
-    "builtin-choice-fewer": replace(BASE, shaky=0.2),
     "builtin-choice-more": replace(BASE, shaky=0.6),
     "builtin-choice-long": replace(BASE, operations=(6, 8)),
     "builtin-choice-order": replace(BASE, any_order=False),
@@ -335,7 +330,7 @@ LEVELS = {  # of the runs only
 
 def choice(study):
     """ScalarPRM and TDRM under twice the seeds, each with data and a policy of its own."""
-    rows = {"TDRM, n = 1": CHOICE_SWEEP["n = 1, as above"], "TDRM, n = 3": CHOICE_SWEEP["n = 3"]}
+    rows = {"TDRM, n = 1": CHOICE_SWEEP["n = 1, as above"]}
     options = f"--problems {study.size(1000, 4)} --expand 2 4 8 16"
     found, results = contest(study, rows, range(2 * study.seeds), options, "choice"), {}
     found["ScalarPRM"] = found["TDRM, n = 1"]
@@ -347,7 +342,7 @@ def choice(study):
 
 def choice_sweep(study):
     """What should make the difference larger or vanish: greedy search, b = 8."""
-    rows, options = study.choose(CHOICE_SWEEP), f"--problems {study.size(1000, 4)} --expand 8 --n 4"
+    rows, options = study.choose(CHOICE_SWEEP), f"--problems {study.size(1000, 4)} --expand 8 --n 1"
     found, results = contest(study, rows, range(study.seeds), options, "sweep"), {}
     for name, pair in found.items():
         results[name] = {m: [f["greedy search 8", 1] for f in mine] for m, mine in pair.items()}
@@ -389,12 +384,11 @@ def contest(study, rows, seeds, options, prefix):
 # --------------------------------------------------------------------------------------------------
 # With a labelling budget, which reward model should I train?
 
-BUDGETS = (100_000, 400_000, 1_600_000)  # tokens sampled to make the data, labels included
+BUDGETS = (100_000, 1_600_000)  # tokens sampled to make the data, labels included
 LEARNERS = {  # what is bought, which script learns from it
     "ScalarPRM, step labels": ("steps", "tdrm", "ScalarPRM"),
     "TDRM, step labels": ("steps", "tdrm", "TDRM"),
     "TDRM, outcomes": ("outcomes", "tdrm", "TDRM"),
-    "ScalarORM, outcomes": ("outcomes", "tdrm", "ScalarORM"),
     "DPO-RM, outcomes": ("outcomes", "qrm", "DPO-RM"),
 }
 
@@ -416,12 +410,9 @@ def spend(budget, kind, seed):
             return rows
 
 
-def budget(study):
-    """Each learner at each budget: the accuracy of greedy search, b = 8."""
-    budgets, learners = study.size(BUDGETS, [1000]), LEARNERS
-    if study.quick:
-        learners = study.choose(LEARNERS)
-    outs, commands = {}, {}
+def learn(study, learners, budgets):
+    """{name: learner} -> for each seed {(name, tokens): folder}, trained first."""
+    folders, commands = [{} for _ in range(study.seeds)], {}
     for s, b, (name, learner) in itertools.product(range(study.seeds), budgets, learners.items()):
         kind, script, method = learner
         path = study.rows_file(f"{kind}-{b}-{s}", lambda: spend(b, kind, s))
@@ -430,20 +421,24 @@ def budget(study):
         if script == "tdrm":  # at most four passes, and half as many steps as by default
             steps, source = min(500, 4 * rows // 64), f"--data {path} --eval {study.held_out()}"
         else:
-            steps, source = min(250, 2 * rows // 64), f"--pairs_from {path} {study.size('', FEW)}"
-        steps = study.size(max(50, steps), 4)
-        out = outs[name, b, s] = f"{study.place}/budget-{slug(name)}-{b}-{s}"
+            steps, source = min(250, 2 * rows // 64), f"--pairs_from {path}"
+        out = f"{study.place}/{slug(f'{kind} {method}')}-{b}-{s}"
         base = f"{script}_minimal.py --model {study.policy()} --eval_every 0 --seed {s}"
+        steps = study.size(max(50, steps), 4)
         commands[out] = f"{base} --steps {steps} {source} --method {method}"
+        folders[s][name, b] = out + "/model"
     study.run(commands)
-    folders = [
-        {key[:2]: f"{outs[key]}/model" for key in outs if key[2] == s} for s in range(study.seeds)
-    ]
-    results = {}
-    for found in study.search("budget-search", folders, 4):
+    return folders
+
+
+def budget(study):
+    """Each learner at each budget: the accuracy of greedy search, b = 8."""
+    learners, budgets = study.choose(LEARNERS), study.size(BUDGETS, [1000])
+    results = {name: {} for name in learners}
+    for found in study.search("budget-search", learn(study, learners, budgets), 1):
         for name, b in itertools.product(learners, budgets):
-            row = results.setdefault(name, {}).setdefault(str(b), [])
-            row.append(found["greedy search 8", (name, b), 1])
+            accuracy = found["greedy search 8", (name, b), 1]
+            results[name].setdefault(str(b), []).append(accuracy)
     return results
 
 
@@ -451,7 +446,7 @@ def budget(study):
 # Reinforcement learning.
 
 COMMON = "--prompts_per_step 16 --eval_problems 300 --lr 2e-4 --no-decay --save_every 0"
-LIMITS = f"--data {HARD} --problems 500 --steps 60 --eval_every 15 --max_new_tokens 100 {COMMON}"
+LIMITS = f"--data {HARD} --problems 500 --steps 60 --eval_every 20 --max_new_tokens 100 {COMMON}"
 TINY = "--problems 20 --prompts_per_step 2 --group_size 4 --steps 2 --save_every 0 --eval_every 0"
 TINY += " --eval_problems 4 --max_new_tokens 12"
 
@@ -459,8 +454,6 @@ RL = {
     "rule-only": "--alpha 1",
     "ScalarPRM blend": "--prm {ScalarPRM}",
     "TDRM blend": "--prm {TDRM}",
-    "rule-only, dr_grpo": "--alpha 1 --estimator dr_grpo",
-    "TDRM blend, dr_grpo": "--prm {TDRM} --estimator dr_grpo",
     "PRM-only": "--prm {TDRM} --alpha 0",
 }
 
@@ -473,9 +466,7 @@ PRIME = {  # {offline}: a PRM trained on the initial policy's samples
     "offline-trained PRM, online": "--prm {offline}",
     "policy reference": "--reference policy",
     "policy reference, offline-trained PRM, online": "--reference policy --prm {offline}",
-    "no filter": "--accuracy 0 1",
-    "GRPO, outcomes": "--estimator grpo --prm none",
-    "GRPO, PRIME": "--estimator grpo",
+    "GRPO": "--estimator grpo",
     "PRIME as value model": "--estimator value",
     "control: policy reference, offline-trained PRM, shuffled": (
         "--reference policy --prm {offline} --shuffle_process"
@@ -526,8 +517,8 @@ def fill(settings, **paths):
 
 
 def rl(study):
-    level, size = study.size(HARD, "builtin"), study.size("", "--problems 50")
-    base = f"{TDRM} --model {study.policy(HARD)} --data {level} {size}"
+    level, size = study.size(HARD, "builtin"), study.size(8000, 50)
+    base = f"{TDRM} --model {study.policy(HARD)} --data {level} --problems {size}"
     outs = {m: f"{study.place}/{m}-hard" for m in ("TDRM", "ScalarPRM")}
     study.run({out: f"{base} --method {m}" for m, out in outs.items()})
     settings = fill(RL, **{m: out + "/model" for m, out in outs.items()})
@@ -552,39 +543,28 @@ def prime(study):
 # --------------------------------------------------------------------------------------------------
 # Reward models from pairs.
 
-FEW = "--eval_problems 20"
-KINDS = {
-    "Q-RM": "--method Q-RM",
-    "ORM": "--method ORM",
-    "DPO-RM": "--method DPO-RM",
-}
+PAIRS = ("Q-RM", "ORM", "DPO-RM")
 
 
 def qrm(study):
-    """Reward models from pairs on the default level, and TDRM: pairs, best-of-n, first
-    wrong step."""
-    kinds, seeds, outs = study.choose(KINDS), range(study.seeds), {}
-    size, commands = study.size("", f"--problems 40 --max_new_tokens 40 {FEW}"), {}
-    base = f"qrm_minimal.py --model {study.policy()} --eval_every 0 {size}"
-    for s, (name, options) in itertools.product(seeds, kinds.items()):
-        out = outs[name, s] = f"{study.place}/{slug(name)}-{s}"
-        commands[out] = f"{base} --seed {s} {options}"
-    study.run(commands)
-    tdrms = study.reward_models()
-    outs |= {("TDRM", s): tdrms["TDRM", s] for s in seeds}
-    names, counts = [*kinds, "TDRM"], study.size((4, 16, 64), (4,))
-    folders = [{name: outs[name, s] + "/model" for name in names} for s in seeds]
+    """Reward models from pairs of one set of solutions, and a TDRM from their outcomes: pairs, first
+    wrong step, search."""
+    learners = {m: ("outcomes", "qrm", m) for m in study.choose(dict.fromkeys(PAIRS))}
+    learners["TDRM"] = LEARNERS["TDRM, outcomes"]
+    b, counts = study.size(BUDGETS[-1], 1000), study.size((4, 16), (4,))
+    folders = learn(study, learners, [b])
     rows = data.make_trajectories(data.make_problems(study.size(500, 60), "test"), 2, seed=1)
     columns = ("pair_accuracy", "first_wrong_step", "greedy", "best-of-n")
-    results = {name: {column: [] for column in columns} for name in names}
-    for s, found in enumerate(study.search("qrm-search", folders, 64)):
-        for name in names:
-            results[name]["first_wrong_step"].append(first_wrong_step(folders[s][name], rows))
-            best = [found["best-of-n", name, n] for n in counts]
-            results[name]["greedy"].append(found["greedy search 8", name, 1])
-            results[name]["best-of-n"].append(best)
-        for name in kinds:
-            results[name]["pair_accuracy"].append(summary(outs[name, s])["pair_accuracy"])
+    results = {name: {column: [] for column in columns} for name in learners}
+    for mine, found in zip(folders, study.search("qrm-search", folders, counts[-1])):
+        for name, row in results.items():
+            best = [found["best-of-n", (name, b), n] for n in counts]
+            row["greedy"].append(found["greedy search 8", (name, b), 1])
+            row["best-of-n"].append(best)
+            row["first_wrong_step"].append(first_wrong_step(mine[name, b], rows))
+            if name in PAIRS:
+                out = mine[name, b].removesuffix("/model")
+                row["pair_accuracy"].append(summary(out)["pair_accuracy"])
     return results
 
 
@@ -606,8 +586,8 @@ def qrm_rl(study):
 
     path = study.rows_file("samples-hard", solve)
     base = f"qrm_minimal.py --model {study.policy(HARD)} --pairs_from {path} --eval_every 0"
-    outs = {m: f"{study.place}/{m}-hard" for m in ("Q-RM", "ORM", "DPO-RM")}
-    study.run({out: f"{base} --method {m} {study.size('', FEW)}" for m, out in outs.items()})
+    outs = {m: f"{study.place}/{m}-hard" for m in PAIRS}
+    study.run({out: f"{base} --method {m} --steps {study.size(250, 4)}" for m, out in outs.items()})
     paid = "--credit token --alpha 0 --kl_reward 1 --group_size 1 --prm"
     settings = {name: f"{paid} {out}/model --estimator reinforce" for name, out in outs.items()}
     return curves(study, "rl_minimal.py", settings, "qrm-rl", range(study.seeds))

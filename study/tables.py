@@ -60,7 +60,7 @@ def search(results):
             [m, *[cell(results.get(pattern.format(m, n), [])) for n in counts]] for m in METHODS
         ]
 
-    branches, samples = (2, 4, 8, 16), (4, 8, 16, 32, 64)
+    branches, samples = (2, 4, 8, 16), (4, 8, 16, 32)
     greedy = rows("greedy search {1}, {0} @ 1", branches)
     yield "greedy-search", table(["greedy search, b =", *branches], greedy)
     best = rows("best-of-n, {0} @ {1}", samples)
@@ -103,7 +103,7 @@ def budget(results):
 
 
 def qrm(results):
-    counts, rows = (4, 16, 64), []
+    counts, rows = (4, 16), []
     for name, r in results.items():
         keys = ("pair_accuracy", "first_wrong_step", "greedy")
         best = [cell(column) for column in zip(*r["best-of-n"])]
