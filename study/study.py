@@ -54,6 +54,7 @@ from tables import MEASURES, METHODS  # noqa: E402
 HARD, CHOICE = "builtin-hard", "builtin-choice"
 TDRM = "tdrm_minimal.py --eval_every 0"
 SEARCH = "search_minimal.py --beam 1"
+GREEDY = "--problems 500 --expand 8 --n 1"  # greedy search alone
 
 # --------------------------------------------------------------------------------------------------
 # Runs.
@@ -143,15 +144,15 @@ class Study:
         return {key: out + "/model" for key, out in outs.items()}
 
     def reward_models(self, settings):
-        """{name: options} -> {(name, seed): folder}: reward models under every seed, trained first,
-        from 32,000 labelled solutions (half the default). Equal options share their runs."""
+        """{name: options} -> for each seed {name: its run}: reward models, trained first, from
+        32,000 labelled solutions (half the default). Equal options share their runs."""
         base = f"{TDRM} --model {self.policy()} --problems {self.size(8000, 50)}"
-        folders, commands = {}, {}
+        outs, commands = [{} for _ in range(self.seeds)], {}
         for (name, options), s in itertools.product(settings.items(), range(self.seeds)):
-            out = folders[name, s] = f"{self.place}/prm-{slug(options)}-{s}"
+            out = outs[s][name] = f"{self.place}/prm-{slug(options)}-{s}"
             commands[out] = f"{base} --seed {s} {options}"
         self.run(commands)
-        return folders
+        return outs
 
     def rows_file(self, name, make):
         """`make`() -> rows, as a file of trajectories, once."""
@@ -173,17 +174,18 @@ class Study:
 
         return self.rows_file("held-out", make)
 
-    def search(self, name, folders, n):
-        """One search run a seed over its reward models {key: folder}: greedy search at b = 8, `n`
-        samples -> for each seed {(method, key, samples): accuracy}."""
-        size = self.size(f"--problems 500 --n {n}", "--problems 4 --n 4")
-        base = f"{SEARCH} --model {self.policy()} --expand 8 {size}"
-        which = zlib.crc32(repr(sorted(folders[0])).encode())  # other reward models: another run
+    def search(self, name, trained, options):
+        """One search run a seed over its reward models {key: run} -> for each seed {(method, key,
+        samples): accuracy}."""
+        size = self.size(options, "--problems 4 --n 16 --expand 8")
+        base = f"{SEARCH} --model {self.policy()} {size}"
+        which = zlib.crc32(repr(sorted(trained[0])).encode())  # other reward models: another run
         outs, commands = [f"{self.place}/{name}-{which:08x}-{s}" for s in range(self.seeds)], {}
         for s, out in enumerate(outs):
-            commands[out] = f"{base} --seed {s} --prm {' '.join(folders[s].values())}"
+            prms = [f"{run}/model" for run in trained[s].values()]
+            commands[out] = f"{base} --seed {s} --prm {' '.join(prms)}"
         self.run(commands)
-        return [accuracies(*pair) for pair in zip(outs, folders)]
+        return [accuracies(*pair) for pair in zip(outs, trained)]
 
 
 def at(*names):
@@ -195,9 +197,9 @@ def summary(out):
         return json.load(f)
 
 
-def accuracies(out, folders):
-    """{(method, key, samples): accuracy} of a search run with reward models {key: folder}."""
-    names = {key: path.removesuffix("/model").split("/")[-1] for key, path in folders.items()}
+def accuracies(out, trained):
+    """{(method, key, samples): accuracy} of a search run with reward models {key: run}."""
+    names = {key: os.path.basename(run) for key, run in trained.items()}
     found = {}
     for row in summary(out)["rows"]:
         method, _, prm = row["method"].partition(", ")
@@ -234,14 +236,14 @@ THREE = {m: f"--method {m}" for m in METHODS}
 
 
 def tdrm(study):
-    folders, results = study.reward_models(THREE), {}
+    trained, results = study.reward_models(THREE), {}
     for m in METHODS:
-        found = [summary(folders[m, s]) for s in range(study.seeds)]
+        found = [summary(mine[m]) for mine in trained]
         results[m] = {key: [one[key] for one in found] for key in MEASURES}
     problems, traces = data.make_problems(study.size(500, 60), "test"), {}
     rows = data.make_trajectories(problems, 2, 4, seed=1)
     for m in ("ScalarPRM", "TDRM"):
-        examples, traces[m], _ = step_values(folders[m, 0] + "/model", rows)
+        examples, traces[m], _ = step_values(trained[0][m], rows)
     results["traces"] = []
     for title, i in tdrm_chapter.choose_three(examples):
         values = {m: [round(x, 3) for x in traces[m][i]] for m in traces}
@@ -250,25 +252,17 @@ def tdrm(study):
     return results
 
 
-def step_values(folder, rows):
+def step_values(run, rows):
     """-> the rows as Examples, a reward model's values of all their steps, its kind."""
-    reward = load_reward_model(at(folder), torch.float32)
+    reward = load_reward_model(at(run, "model"), torch.float32)
     examples, _ = data.encode_rows(rows, reward.encode, 2048)
     return examples, reward.score_steps(examples, Processes()), reward.kind
 
 
 def search(study):
-    trained, outs, commands, results = study.reward_models(THREE), {}, {}, {}
-    full = "--problems 1000 --n 32 --expand 2 4 8 16"
-    size = study.size(full, "--problems 8 --n 8 --expand 2")
-    for s in range(study.seeds):
-        out = f"{study.place}/search-{s}"
-        outs[out] = {m: f"{trained[m, s]}/model" for m in THREE}
-        base = f"{SEARCH} --model {study.policy()} {size} --seed {s}"
-        commands[out] = f"{base} --prm {' '.join(outs[out].values())}"
-    study.run(commands)
-    for out, folders in outs.items():
-        for (method, m, n), accuracy in accuracies(out, folders).items():
+    trained, results = study.reward_models(THREE), {}
+    for found in study.search("search", trained, "--problems 1000 --n 32 --expand 2 4 8 16"):
+        for (method, m, n), accuracy in found.items():
             name = f"{method}, {m}" if m else method
             results.setdefault(f"{name} @ {n}", []).append(accuracy)
     return results
@@ -291,11 +285,10 @@ TARGETS = {
 def targets(study):
     """Every setting under every seed: its measures, and greedy search (b = 8)."""
     settings = study.choose(TARGETS)
-    outs, results = study.reward_models(settings), {name: {} for name in settings}
-    folders = [{key: f"{outs[key, s]}/model" for key in settings} for s in range(study.seeds)]
-    for s, found in enumerate(study.search("targets-search", folders, 1)):
+    trained, results = study.reward_models(settings), {name: {} for name in settings}
+    for mine, found in zip(trained, study.search("targets-search", trained, GREEDY)):
         for name, row in results.items():
-            numbers = {measure: summary(outs[name, s]).get(measure) for measure in MEASURES}
+            numbers = {measure: summary(mine[name]).get(measure) for measure in MEASURES}
             numbers["greedy"] = found["greedy search 8", name, 1]
             for key, number in numbers.items():
                 row.setdefault(key, []).append(number)
@@ -352,7 +345,7 @@ def choice_sweep(study):
 def contest(study, rows, seeds, options, prefix):
     """{row: (level, label kind, TDRM's options)} -> {row: {"ScalarPRM", "TDRM": a list over the
     seeds of accuracies {(search, samples): share}}}."""
-    folders, commands, searches = {}, {}, {}
+    trained, commands, searches = {}, {}, {}
     rows = {row: (study.size(level, "builtin"), *rest) for row, (level, *rest) in rows.items()}
     levels = dict.fromkeys(level for level, *_ in rows.values())
     policies = study.policies([*itertools.product(levels, seeds)])
@@ -364,15 +357,15 @@ def contest(study, rows, seeds, options, prefix):
         out = f"{study.place}/{slug(level + learner)}-{s}"
         base = f"{TDRM} --model {policies[level, s]} --data {level} --seed {s} {size}"
         commands[out] = f"{base} {learner}"
-        folders.setdefault((level, s), {})[row, m] = out + "/model"
+        trained.setdefault((level, s), {})[row, m] = out
     study.run(commands)
-    for (level, s), mine in folders.items():
+    for (level, s), mine in trained.items():
         base = f"{SEARCH} --model {policies[level, s]} --data {level} --seed {s} {options}"
-        out = f"{study.place}/{prefix}-{level}-{s}"
-        searches[out] = f"{base} --prm {' '.join(dict.fromkeys(mine.values()))}"
+        prms = [f"{run}/model" for run in dict.fromkeys(mine.values())]
+        searches[f"{study.place}/{prefix}-{level}-{s}"] = f"{base} --prm {' '.join(prms)}"
     study.run(searches)
     results = {row: {m: [] for m in methods} for row in rows}
-    for out, mine in zip(searches, folders.values()):
+    for out, mine in zip(searches, trained.values()):
         of_learner = {}
         for (search, learner, n), accuracy in accuracies(out, mine).items():
             of_learner.setdefault(learner, {})[search, n] = accuracy
@@ -411,8 +404,8 @@ def spend(budget, kind, seed):
 
 
 def learn(study, learners, budgets):
-    """{name: learner} -> for each seed {(name, tokens): folder}, trained first."""
-    folders, commands = [{} for _ in range(study.seeds)], {}
+    """{name: learner} -> for each seed {(name, tokens): its run}, trained first."""
+    outs, commands = [{} for _ in range(study.seeds)], {}
     for s, b, (name, learner) in itertools.product(range(study.seeds), budgets, learners.items()):
         kind, script, method = learner
         path = study.rows_file(f"{kind}-{b}-{s}", lambda: spend(b, kind, s))
@@ -422,20 +415,19 @@ def learn(study, learners, budgets):
             steps, source = min(500, 4 * rows // 64), f"--data {path} --eval {study.held_out()}"
         else:
             steps, source = min(250, 2 * rows // 64), f"--pairs_from {path}"
-        out = f"{study.place}/{slug(f'{kind} {method}')}-{b}-{s}"
+        out = outs[s][name, b] = f"{study.place}/{slug(f'{kind} {method}')}-{b}-{s}"
         base = f"{script}_minimal.py --model {study.policy()} --eval_every 0 --seed {s}"
         steps = study.size(max(50, steps), 4)
         commands[out] = f"{base} --steps {steps} {source} --method {method}"
-        folders[s][name, b] = out + "/model"
     study.run(commands)
-    return folders
+    return outs
 
 
 def budget(study):
     """Each learner at each budget: the accuracy of greedy search, b = 8."""
     learners, budgets = study.choose(LEARNERS), study.size(BUDGETS, [1000])
     results = {name: {} for name in learners}
-    for found in study.search("budget-search", learn(study, learners, budgets), 1):
+    for found in study.search("budget-search", learn(study, learners, budgets), GREEDY):
         for name, b in itertools.product(learners, budgets):
             accuracy = found["greedy search 8", (name, b), 1]
             results[name].setdefault(str(b), []).append(accuracy)
@@ -551,26 +543,25 @@ def qrm(study):
     wrong step, search."""
     learners = {m: ("outcomes", "qrm", m) for m in study.choose(dict.fromkeys(PAIRS))}
     learners["TDRM"] = LEARNERS["TDRM, outcomes"]
-    b, counts = study.size(BUDGETS[-1], 1000), study.size((4, 16), (4,))
-    folders = learn(study, learners, [b])
+    b, counts = study.size(BUDGETS[-1], 1000), (4, 16)
+    trained, options = learn(study, learners, [b]), "--problems 500 --expand 8 --n 16"
     rows = data.make_trajectories(data.make_problems(study.size(500, 60), "test"), 2, seed=1)
     columns = ("pair_accuracy", "first_wrong_step", "greedy", "best-of-n")
     results = {name: {column: [] for column in columns} for name in learners}
-    for mine, found in zip(folders, study.search("qrm-search", folders, counts[-1])):
+    for mine, found in zip(trained, study.search("qrm-search", trained, options)):
         for name, row in results.items():
             best = [found["best-of-n", (name, b), n] for n in counts]
             row["greedy"].append(found["greedy search 8", (name, b), 1])
             row["best-of-n"].append(best)
             row["first_wrong_step"].append(first_wrong_step(mine[name, b], rows))
             if name in PAIRS:
-                out = mine[name, b].removesuffix("/model")
-                row["pair_accuracy"].append(summary(out)["pair_accuracy"])
+                row["pair_accuracy"].append(summary(mine[name, b])["pair_accuracy"])
     return results
 
 
-def first_wrong_step(folder, rows):
+def first_wrong_step(run, rows):
     """AUROC of "this is the first wrong step" from the fall of the reward model's value there."""
-    examples, values, kind = step_values(folder, rows)
+    examples, values, kind = step_values(run, rows)
     if kind == "implicit":  # a sum of log-ratios is no probability
         values = [torch.logit(torch.tensor(v), eps=1e-7).tolist() for v in values]
     return qrm_chapter.localisation_auroc(values, [e.first_error for e in examples])
