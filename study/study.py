@@ -450,16 +450,17 @@ RL = {
 }
 
 SOME = "--accuracy 0.1 0.9"  # of 8 responses, one right is already something to learn from
-PRIME = {  # {offline}: a PRM trained on the initial policy's samples
+PRIME = {
     "outcomes only": "--prm none",
     "PRIME": "",
-    "double forward": "--update before",
-    "offline PRM": "--update none --prm {offline}",
-    "offline-trained PRM, online": "--prm {offline}",
-    "policy reference": "--reference policy",
-    "policy reference, offline-trained PRM, online": "--reference policy --prm {offline}",
     "GRPO": "--estimator grpo",
     "PRIME as value model": "--estimator value",
+    "policy reference": "--reference policy",
+}
+TRAINED = {  # {offline}: a PRM trained on the initial policy's samples
+    "offline PRM": "--update none --prm {offline}",
+    "offline-trained PRM, online": "--prm {offline}",
+    "policy reference, offline-trained PRM, online": "--reference policy --prm {offline}",
     "control: policy reference, offline-trained PRM, shuffled": (
         "--reference policy --prm {offline} --shuffle_process"
     ),
@@ -468,16 +469,16 @@ AGAIN = ("outcomes only", "policy reference, offline-trained PRM, online")
 AGAIN += ("control: policy reference, offline-trained PRM, shuffled",)
 
 
-def curves(study, script, settings, prefix, seeds):
-    """Runs of an RL script on the hard level under every setting and seed -> {setting: {"curve",
-    and of PRIME the "pair_accuracy", of each seed}}."""
+def curves(study, script, settings, prefix, seeds, beside={}):
+    """Runs of an RL script on the hard level under every setting and seed, other runs {out:
+    command} beside them -> {setting: {"curve", and of PRIME the "pair_accuracy", of each seed}}."""
     base = f"{script} --model {study.policy(HARD)} {study.size(LIMITS, TINY)}"
     outs, results = {}, {}
     for s in seeds:
         for name, options in study.choose(settings).items():
             out = f"{study.place}/{prefix}-{slug(name)}-{s}"
             outs.setdefault(name, {})[out] = f"{base} --seed {s} {options}"
-    study.run({out: command for runs in outs.values() for out, command in runs.items()})
+    study.run(beside | {out: command for runs in outs.values() for out, command in runs.items()})
     for name, runs in outs.items():
         results[name] = {"curve": [curve(out) for out in runs]}
         steps = [metrics(out)[1:] for out in runs]  # the first row is the evaluation at the start
@@ -520,15 +521,16 @@ def rl(study):
 def prime(study):
     """All settings; those of AGAIN under as many other seeds too, which nobody had seen when the
     one that wins was chosen."""
-    offline = f"{study.place}/prime-offline"
+    offline, script = f"{study.place}/prime-offline", f"prime_minimal.py {SOME}"
     size = study.size(f"{LIMITS} --problems 5000 --prompts_per_step 32 --steps 150", TINY)
-    base = f"prime_minimal.py --model {study.policy(HARD)} {size} {SOME} --eval_every 0"
-    study.run({offline: f"{base} --seed 100 --lr 0"})  # the policy stays
-    settings = fill(PRIME, offline=offline + "/prm")
-    settings = {name: f"{SOME} {options}" for name, options in settings.items()}
-    results = curves(study, "prime_minimal.py", settings, "prime", range(study.seeds))
-    others, again = range(study.seeds, 2 * study.seeds), {name: settings[name] for name in AGAIN}
-    results["again"] = curves(study, "prime_minimal.py", again, "prime", others)
+    base = f"{script} --model {study.policy(HARD)} {size} --eval_every 0"
+    first = {offline: f"{base} --seed 100 --lr 0"}  # the policy stays
+    trained = fill(TRAINED, offline=offline + "/prm")
+    results = curves(study, script, PRIME, "prime", range(study.seeds), first)
+    results |= curves(study, script, trained, "prime", range(study.seeds))
+    again = {name: (PRIME | trained)[name] for name in AGAIN}
+    others = range(study.seeds, 2 * study.seeds)
+    results["again"] = curves(study, script, again, "prime", others)
     return results
 
 
@@ -606,7 +608,7 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}, readme; none: all")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=3, help="runs at a time: one more than cores")
     parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS) - {"readme"}:
@@ -623,6 +625,9 @@ def main():
     if not args.quick and os.path.exists(path):
         with open(path) as f:
             results = json.load(f)
+    if not args.parts:  # all policies at once: a core would idle beside the longest
+        ours = [(HARD, 0), ("builtin", 0), *((CHOICE, s) for s in range(2 * seeds))]
+        Study(place, seeds, args.jobs, args.quick).policies(ours)
     for part in [part for part in args.parts or PARTS if part != "readme"]:
         study = Study(place, seeds, args.jobs, args.quick)
         results[part] = PARTS[part](study)

@@ -169,8 +169,8 @@ def prime(results):
     settings, again = dict(results), results["again"]
     del settings["again"]
     yield "prime", curve_table(settings, "outcomes only")
-    names = ["PRIME", "double forward", "offline PRM", "offline-trained PRM, online"]
-    names += ["policy reference", "policy reference, offline-trained PRM, online"]
+    names = ["PRIME", "offline PRM", "offline-trained PRM, online", "policy reference"]
+    names += ["policy reference, offline-trained PRM, online"]
     known = [name for name in names if name in settings]
     rows = [[name, *by_step(settings[name]["pair_accuracy"])] for name in known]
     yield "prime-pairs", table(["PRM", *TENS], rows)
