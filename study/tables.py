@@ -171,7 +171,7 @@ def prime(results):
     yield "prime", curve_table(settings, "outcomes only")
     names = ["PRIME", "offline PRM", "offline-trained PRM, online", "policy reference"]
     names += ["policy reference, offline-trained PRM, online"]
-    known = [name for name in names if name in settings]
+    known = [name for name in names if "pair_accuracy" in settings.get(name, {})]
     rows = [[name, *by_step(settings[name]["pair_accuracy"])] for name in known]
     yield "prime-pairs", table(["PRM", *TENS], rows)
     known = [name for name in again if name in settings]
