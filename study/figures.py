@@ -176,7 +176,7 @@ def search_figures(results, at):
     def across(pattern):
         found = {}
         for m in METHODS:
-            counts = [n for n in (2, 4, 8, 16, 32, 64) if pattern.format(n, m) in results]
+            counts = [n for n in (2, 4, 8, 16, 32) if pattern.format(n, m) in results]
             points = [(n, *spread(results[pattern.format(n, m)])) for n in counts]
             found[m, m, ""] = points
         return found

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import figures
 import tables
-from study import Study, at, measured  # makes what follows importable
+from study import Study, at, measured, save  # makes what follows importable
 
 import data
 from parts.answers import answer_key, extract_answer
@@ -326,9 +326,7 @@ def keep(results, cost, quick, place):
     everything["real"] = results
     everything.setdefault("measured", {})["real"] = cost
     if not quick:
-        with open(path + ".tmp", "w") as f:
-            json.dump(everything, f, separators=(",", ":"))
-        os.replace(path + ".tmp", path)
+        save(everything)
         tables.write_page(everything, at("study", "README.md"))
         place = at("study", "figures")
     figures.draw(everything, place)

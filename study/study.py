@@ -2,7 +2,7 @@
 
     tdrm         ScalarORM, ScalarPRM, TDRM on held-out solutions: smoothness, calibration, AUROC
     search       greedy search and best-of-n on 1000 held-out problems with those reward models
-    targets      what n, lambda, gamma and the step rewards do
+    targets      what n, lambda, gamma do, with step labels and from outcomes alone
     choice       several right steps, labelled right or wrong: are TD targets worth it there?
     choice-sweep what should make the difference larger, or vanish
     budget       search accuracy against the tokens spent on data, by what is bought and learned
@@ -143,11 +143,15 @@ class Study:
         self.run(commands)
         return {key: out + "/model" for key, out in outs.items()}
 
+    def learner(self, level="builtin"):
+        """The command of a reward model from 32,000 labelled solutions, half the default."""
+        source = f"--data {self.size(level, 'builtin')} --problems {self.size(8000, 50)}"
+        return f"{TDRM} --model {self.policy(level)} {source}"
+
     def reward_models(self, settings):
-        """{name: options} -> for each seed {name: its run}: reward models, trained first, from
-        32,000 labelled solutions (half the default). Equal options share their runs."""
-        base = f"{TDRM} --model {self.policy()} --problems {self.size(8000, 50)}"
-        outs, commands = [{} for _ in range(self.seeds)], {}
+        """{name: options} -> for each seed {name: its run}, trained first. Equal options share
+        their runs."""
+        base, outs, commands = self.learner(), [{} for _ in range(self.seeds)], {}
         for (name, options), s in itertools.product(settings.items(), range(self.seeds)):
             out = outs[s][name] = f"{self.place}/prm-{slug(options)}-{s}"
             commands[out] = f"{base} --seed {s} {options}"
@@ -175,17 +179,24 @@ class Study:
         return self.rows_file("held-out", make)
 
     def search(self, name, trained, options):
-        """One search run a seed over its reward models {key: run} -> for each seed {(method, key,
-        samples): accuracy}."""
+        """For each seed {key: run of a reward model} -> for each seed {(method, key, samples):
+        accuracy}, with the policy of the default level."""
         size = self.size(options, "--problems 4 --n 16 --expand 8")
-        base = f"{SEARCH} --model {self.policy()} {size}"
+        base, wanted = f"{SEARCH} --model {self.policy()} {size}", {}
         which = zlib.crc32(repr(sorted(trained[0])).encode())  # other reward models: another run
-        outs, commands = [f"{self.place}/{name}-{which:08x}-{s}" for s in range(self.seeds)], {}
-        for s, out in enumerate(outs):
-            prms = [f"{run}/model" for run in trained[s].values()]
-            commands[out] = f"{base} --seed {s} --prm {' '.join(prms)}"
+        for s, mine in enumerate(trained):
+            wanted[f"{self.place}/{name}-{which:08x}-{s}"] = (f"{base} --seed {s}", mine)
+        return self.searches(wanted)
+
+    def searches(self, wanted):
+        """{out: (command, {key: run of a reward model})} -> for each {(method, key, samples):
+        accuracy}."""
+        commands = {}
+        for out, (command, trained) in wanted.items():
+            prms = dict.fromkeys(f"{run}/model" for run in trained.values())
+            commands[out] = f"{command} --prm {' '.join(prms)}"
         self.run(commands)
-        return [accuracies(*pair) for pair in zip(outs, trained)]
+        return [accuracies(out, trained) for out, (_, trained) in wanted.items()]
 
 
 def at(*names):
@@ -219,6 +230,14 @@ def measured(outs):
     return {"commit": " ".join(commits), "core_seconds": seconds}
 
 
+def save(results):
+    """Into results.json: all of it or nothing."""
+    path = at("study", "results.json")
+    with open(path + ".tmp", "w") as f:
+        json.dump(results, f, separators=(",", ":"))
+    os.replace(path + ".tmp", path)
+
+
 def metrics(out):
     with open(at(out, "metrics.jsonl")) as f:
         return [json.loads(line) for line in f]
@@ -230,7 +249,6 @@ def slug(name):
 
 # --------------------------------------------------------------------------------------------------
 # Reward models, and search with them.
-
 
 THREE = {m: f"--method {m}" for m in METHODS}
 
@@ -323,13 +341,12 @@ LEVELS = {  # of the runs only
 
 def choice(study):
     """ScalarPRM and TDRM under twice the seeds, each with data and a policy of its own."""
-    rows = {"TDRM, n = 1": CHOICE_SWEEP["n = 1, as above"]}
+    rows = {"n = 1": CHOICE_SWEEP["n = 1, as above"]}
     options = f"--problems {study.size(1000, 4)} --expand 2 4 8 16"
-    found, results = contest(study, rows, range(2 * study.seeds), options, "choice"), {}
-    found["ScalarPRM"] = found["TDRM, n = 1"]
-    for name in ("ScalarPRM", *rows):
-        mine = found[name][name.partition(",")[0]]
-        results[name] = {title: [f[key] for f in mine] for title, key in SEARCHED.items()}
+    found = contest(study, rows, range(2 * study.seeds), options, "choice")["n = 1"]
+    results = {}
+    for name, m in ("ScalarPRM", "ScalarPRM"), ("TDRM, n = 1", "TDRM"):
+        results[name] = {title: [f[key] for f in found[m]] for title, key in SEARCHED.items()}
     return results
 
 
@@ -345,7 +362,7 @@ def choice_sweep(study):
 def contest(study, rows, seeds, options, prefix):
     """{row: (level, label kind, TDRM's options)} -> {row: {"ScalarPRM", "TDRM": a list over the
     seeds of accuracies {(search, samples): share}}}."""
-    trained, commands, searches = {}, {}, {}
+    trained, commands, wanted = {}, {}, {}
     rows = {row: (study.size(level, "builtin"), *rest) for row, (level, *rest) in rows.items()}
     levels = dict.fromkeys(level for level, *_ in rows.values())
     policies = study.policies([*itertools.product(levels, seeds)])
@@ -361,13 +378,11 @@ def contest(study, rows, seeds, options, prefix):
     study.run(commands)
     for (level, s), mine in trained.items():
         base = f"{SEARCH} --model {policies[level, s]} --data {level} --seed {s} {options}"
-        prms = [f"{run}/model" for run in dict.fromkeys(mine.values())]
-        searches[f"{study.place}/{prefix}-{level}-{s}"] = f"{base} --prm {' '.join(prms)}"
-    study.run(searches)
+        wanted[f"{study.place}/{prefix}-{level}-{s}"] = (base, mine)
     results = {row: {m: [] for m in methods} for row in rows}
-    for out, mine in zip(searches, trained.values()):
+    for mine, found in zip(trained.values(), study.searches(wanted)):
         of_learner = {}
-        for (search, learner, n), accuracy in accuracies(out, mine).items():
+        for (search, learner, n), accuracy in found.items():
             of_learner.setdefault(learner, {})[search, n] = accuracy
         for row, m in mine:
             results[row][m].append(of_learner[row, m])
@@ -482,7 +497,7 @@ def curves(study, script, settings, prefix, seeds, beside={}):
     for name, runs in outs.items():
         results[name] = {"curve": [curve(out) for out in runs]}
         steps = [metrics(out)[1:] for out in runs]  # the first row is the evaluation at the start
-        if "pair_accuracy" in steps[0][0]:
+        if any("pair_accuracy" in row for rows in steps for row in rows):
             results[name]["pair_accuracy"] = [by_tens(rows, "pair_accuracy") for rows in steps]
     return results
 
@@ -510,10 +525,8 @@ def fill(settings, **paths):
 
 
 def rl(study):
-    level, size = study.size(HARD, "builtin"), study.size(8000, 50)
-    base = f"{TDRM} --model {study.policy(HARD)} --data {level} --problems {size}"
     outs = {m: f"{study.place}/{m}-hard" for m in ("TDRM", "ScalarPRM")}
-    study.run({out: f"{base} --method {m}" for m, out in outs.items()})
+    study.run({out: f"{study.learner(HARD)} --method {m}" for m, out in outs.items()})
     settings = fill(RL, **{m: out + "/model" for m, out in outs.items()})
     return curves(study, "rl_minimal.py", settings, "rl", range(study.seeds))
 
@@ -537,14 +550,13 @@ def prime(study):
 # --------------------------------------------------------------------------------------------------
 # Reward models from pairs.
 
-PAIRS = ("Q-RM", "ORM", "DPO-RM")
+PAIRS = {m: ("outcomes", "qrm", m) for m in ("Q-RM", "ORM", "DPO-RM")}
 
 
 def qrm(study):
     """Reward models from pairs of one set of solutions, and a TDRM from their outcomes: pairs, first
     wrong step, search."""
-    learners = {m: ("outcomes", "qrm", m) for m in study.choose(dict.fromkeys(PAIRS))}
-    learners["TDRM"] = LEARNERS["TDRM, outcomes"]
+    learners = study.choose(PAIRS) | {"TDRM": LEARNERS["TDRM, outcomes"]}
     b, counts = study.size(BUDGETS[-1], 1000), (4, 16)
     trained, options = learn(study, learners, [b]), "--problems 500 --expand 8 --n 16"
     rows = data.make_trajectories(data.make_problems(study.size(500, 60), "test"), 2, seed=1)
@@ -638,9 +650,7 @@ def main():
         for name, lines in tables.TABLES[part](results[part]):
             print(f"\n{name}\n{lines}", flush=True)
         if not args.quick:
-            with open(path + ".tmp", "w") as f:
-                json.dump(results, f, separators=(",", ":"))
-            os.replace(path + ".tmp", path)
+            save(results)
     if not args.quick:
         tables.write_page(results, at("study", "README.md"))
     figures.draw(results, at(place, "figures") if args.quick else at("study", "figures"))
